@@ -1,0 +1,75 @@
+# Every target but help and clean makes or checks .venv first: `make submit` and `make test` need nothing
+# before them. make itself ends with 2 whatever a command ends with; where the difference matters (3: a gate
+# or a data check stopped the line) call .venv/bin/tuneyard, which these targets only wrap.
+
+.DEFAULT_GOAL := help
+.PHONY: help setup lock submit compile up down status ui runs ask promote rollback test test-unit lint bench clean
+MAKEFLAGS += --no-print-directory
+
+BIN := .venv/bin
+# Values given on make's command line reach the commands through the environment, so that quotes and spaces
+# in them mean nothing to make or the shell. What a shell happens to export under these names is not meant.
+$(foreach name,EXTRA PIPELINE SET TARGET JSON MODEL VERSION Q,\
+  $(if $(filter command,$(firstword $(origin $(name)))),,$(eval unexport $(name))))
+
+need-%:
+	@test -n "$${$*}" || { echo 'make: $*=... is missing; `make help` shows how it is given' >&2; exit 2; }
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+
+setup:  ## make .venv from the lock; EXTRA=gpu for CUDA, PYTHON=... for another Python
+	@sh requirements/setup.sh $${EXTRA:+--extra "$$EXTRA"}
+
+submit: need-PIPELINE setup  ## run a pipeline: PIPELINE=sft_legal [SET="train.max_steps=20 ..."] [TARGET=kfp] [JSON=1]
+	@set -f; set --; for change in $$SET; do set -- "$$@" --set "$$change"; done; \
+	exec $(BIN)/tuneyard submit "$$PIPELINE" $${TARGET:+--target "$$TARGET"} $${JSON:+--json} "$$@"
+
+compile: setup  ## write the KFP IR of PIPELINE=..., or of every file in pipelines/
+	@for spec in $${PIPELINE:-pipelines/*.yaml}; do $(BIN)/tuneyard compile "$$spec" || exit; done
+
+up: setup  ## start the embedded platform: S3, model server
+	@exec $(BIN)/tuneyard up
+
+down: setup  ## stop it, leaving no process; data stays
+	@exec $(BIN)/tuneyard down
+
+status: setup  ## show what runs, and where
+	@exec $(BIN)/tuneyard status
+
+ui: setup  ## serve MLflow's page of runs and models
+	@exec $(BIN)/tuneyard ui
+
+runs: setup  ## list the runs
+	@exec $(BIN)/tuneyard runs
+
+ask: need-MODEL need-Q setup  ## ask the served model: MODEL=sft_legal Q="..."
+	@exec $(BIN)/tuneyard ask "$$MODEL" "$$Q"
+
+promote: need-MODEL setup  ## make a version the champion: MODEL=sft_legal [VERSION=3, else the candidate]
+	@exec $(BIN)/tuneyard promote "$$MODEL" $${VERSION:+--version "$$VERSION"}
+
+rollback: need-MODEL setup  ## bring the champion before this one back: MODEL=sft_legal
+	@exec $(BIN)/tuneyard rollback "$$MODEL"
+
+test: setup  ## run all tests
+	@exec $(BIN)/python -m pytest
+
+test-unit: setup  ## run the tests that take seconds
+	@exec $(BIN)/python -m pytest -m "not e2e"
+
+lint: setup  ## ruff, mypy and the import contracts
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+bench: setup  ## run the benchmarks
+	@exec $(BIN)/python -m benchmarks
+
+lock: setup  ## pin the dependencies of pyproject.toml again (for maintainers)
+	@exec $(BIN)/python requirements/lock.py
+
+clean:  ## remove caches; .venv, runs and models stay
+	rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
+	find components pipelines serving tests benchmarks requirements -name __pycache__ -prune -exec rm -rf {} +

@@ -1,0 +1,22 @@
+"""The KFP wrapper of compress."""
+
+from kfp import dsl
+from kfp.dsl import HTML, Input, Metrics, Model, Output
+
+
+@dsl.component(base_image="tuneyard/cpu:python", install_kfp_package=False)
+def compress(
+    config: str,
+    run: str,
+    model: Input[Model],
+    compressed: Output[Model],
+    page: Output[HTML],
+    metrics: Output[Metrics],
+):
+    """Make the model that ships, and prove that it answers as the tuned one does."""
+    from components.compress.compress import compress as verb
+    from components.compress.config import CompressConfig
+    from components.shared.stage import execute
+
+    inputs, outputs = {"model": model}, {"compressed": compressed}
+    execute(verb, CompressConfig, config, run, inputs, outputs, page, metrics)

@@ -1,0 +1,197 @@
+"""An encoder classifier as one ONNX file with int8 weights.
+
+Export in float32, fuse attention, layer norm and GELU into single operators, then quantise: matrices to
+int8 with a scale per output channel (activations are scaled to uint8 while running), embedding tables to
+int8 with a scale per row. The tables are half of a small encoder, so without them a model shrinks by a
+third only; they are looked up, not multiplied, hence the Gather below instead of an integer operator.
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+_OPSET = 17
+# Smaller tables (token types) cost more in extra operators than they save in bytes.
+_MIN_TABLE_WEIGHTS = 1 << 16
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Mute the tracer's warnings on Python branches and the quantiser's advice on what is done here."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
+
+
+def export(model: Any, path: Path) -> None:
+    """Write a classifier as float32 ONNX.
+
+    Inputs `input_ids` and `attention_mask`, int64 [batch, sequence]; output `logits`, float32
+    [batch, labels].
+
+    Args:
+        model: in eval mode, with eager attention: its plain matrix products are what the fusion recognises.
+        path: of the file.
+    """
+    import torch
+
+    class Logits(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = model
+
+        def forward(self, input_ids: Any, attention_mask: Any) -> Any:
+            return self.model(input_ids=input_ids, attention_mask=attention_mask).logits
+
+    # Two rows of other lengths, so that the mask is not all ones and is not folded into a constant.
+    ids = torch.arange(16).reshape(2, 8) % model.config.vocab_size
+    mask = torch.tensor([[1] * 8, [1] * 5 + [0] * 3])
+    axes = {0: "batch", 1: "sequence"}
+    with _quiet(), torch.inference_mode():
+        torch.onnx.export(
+            Logits().eval(),
+            (ids, mask),
+            str(path),
+            input_names=["input_ids", "attention_mask"],
+            output_names=["logits"],
+            dynamic_axes={"input_ids": axes, "attention_mask": axes, "logits": {0: "batch"}},
+            opset_version=_OPSET,
+            dynamo=False,
+        )
+
+
+def fuse(source: Path, target: Path, heads: int, hidden: int) -> None:
+    """Fuse what the runtime has single operators for. A graph that it does not recognise stays as it is.
+
+    Args:
+        source: float32 ONNX.
+        target: where the fused one goes.
+        heads: attention heads.
+        hidden: width of the encoder.
+    """
+    from onnxruntime.transformers.fusion_options import FusionOptions
+    from onnxruntime.transformers.optimizer import optimize_model
+
+    options = FusionOptions("bert")
+    # The compact mask (lengths only) would be right for right-padded inputs alone.
+    options.use_raw_attention_mask(True)
+    # Its int8 form quantises the norm's gain too, and a table by one scale for all rows.
+    options.enable_embed_layer_norm = False
+    with _quiet():
+        fused = optimize_model(
+            str(source),
+            "bert",
+            num_heads=heads,
+            hidden_size=hidden,
+            optimization_options=options,
+            opt_level=0,
+        )
+        fused.save_model_to_file(str(target))
+
+
+def _tables(graph: Any) -> dict[str, Any]:
+    """Float32 matrices of a graph that are only looked up by row, and are large enough."""
+    import numpy as np
+    import onnx
+
+    users: dict[str, list[Any]] = {}
+    for node in graph.node:
+        for name in node.input:
+            users.setdefault(name, []).append(node)
+
+    def looked_up(tensor: Any) -> bool:
+        return all(
+            node.op_type == "Gather" and node.input[0] == tensor.name and not any(a.i for a in node.attribute)
+            for node in users.get(tensor.name, [])
+        )
+
+    return {
+        tensor.name: tensor
+        for tensor in graph.initializer
+        if tensor.data_type == onnx.TensorProto.FLOAT
+        and len(tensor.dims) == 2
+        and np.prod(tensor.dims) >= _MIN_TABLE_WEIGHTS
+        and looked_up(tensor)
+    }
+
+
+def quantise_tables(model: Any) -> list[str]:
+    """Turn the embedding tables of an ONNX model, in place, into int8 rows with a float32 scale each.
+
+    row = int8 * (largest absolute value of the row / 127), so no weight is off by more than 1/254 of its
+    row's largest.
+
+    Returns:
+        Names of the tables.
+    """
+    import numpy as np
+    from onnx import TensorProto, helper, numpy_helper
+
+    graph = model.graph
+    tables = _tables(graph)
+    for name, tensor in tables.items():
+        weights = numpy_helper.to_array(tensor)
+        scale = np.abs(weights).max(axis=1, keepdims=True) / np.float32(127)
+        scale[scale == 0] = 1  # a row of zeros, such as the padding token's
+        rows = np.rint(weights / scale).astype(np.int8)
+        graph.initializer.remove(tensor)
+        parts = (
+            numpy_helper.from_array(rows, f"{name}.int8"),
+            numpy_helper.from_array(scale, f"{name}.scale"),
+        )
+        graph.initializer.extend(parts)
+    nodes = []
+    for node in list(graph.node):
+        if node.op_type != "Gather" or node.input[0] not in tables:
+            nodes.append(node)
+            continue
+        table, rows, out = node.input[0], node.input[1], node.output[0]
+        nodes += [
+            helper.make_node("Gather", [f"{table}.int8", rows], [f"{out}.int8"], f"{node.name}.int8", axis=0),
+            helper.make_node(
+                "Gather", [f"{table}.scale", rows], [f"{out}.scale"], f"{node.name}.scale", axis=0
+            ),
+            helper.make_node(
+                "Cast", [f"{out}.int8"], [f"{out}.float"], f"{node.name}.cast", to=TensorProto.FLOAT
+            ),
+            helper.make_node("Mul", [f"{out}.float", f"{out}.scale"], [out], f"{node.name}.mul"),
+        ]
+    del graph.node[:]
+    graph.node.extend(nodes)
+    return list(tables)
+
+
+def quantise(source: Path, target: Path) -> None:
+    """Quantise a float32 ONNX model to int8, as one file.
+
+    Args:
+        source: the float32 model.
+        target: the int8 model.
+    """
+    import onnx
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    model = onnx.load(source)
+    quantise_tables(model)
+    # The exporter's stored shapes name the batch axis otherwise than the quantiser's own inference does.
+    del model.graph.value_info[:]
+    with _quiet():
+        quantize_dynamic(
+            model,
+            target,
+            op_types_to_quantize=["MatMul", "Attention"],
+            per_channel=True,
+            weight_type=QuantType.QInt8,
+            # Types behind the fused operators, which ONNX's shape inference does not know.
+            extra_options={"DefaultTensorType": onnx.TensorProto.FLOAT},
+        )

@@ -1,0 +1,210 @@
+"""Judging a classifier: the tuned model, what compression made of it, and two plainer ways."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from components.evaluate import baselines, class_metrics, predictions, resources
+from components.evaluate.config import EvaluateConfig
+from components.evaluate.findings import Findings
+from components.shared import causal, jsonl, sources
+from components.shared.errors import TuneyardError
+from components.shared.modelcard import ModelCard
+from components.shared.progress import Progress
+from components.shared.stage import Artifact, Context
+
+_WEIGHTS = (".safetensors", ".onnx", ".data")
+
+
+@dataclass(frozen=True)
+class Exam:
+    """The test texts, their classes as indices, and how many texts go through a model at once."""
+
+    texts: list[str]
+    truth: list[int]
+    labels: list[str]
+    max_length_tokens: int
+    per_device_batch_size: int
+
+
+def judge(
+    config: EvaluateConfig,
+    tests: Sequence[Mapping[str, Any]],
+    inputs: Mapping[str, Artifact],
+    context: Context,
+) -> Findings:
+    """Every way to classify the test texts, side by side; `compressed` ships where there is one.
+
+    Args:
+        config: see EvaluateConfig.
+        tests: test examples sorted by id.
+        inputs: `model`, `train`, and `compressed` where there is that stage.
+        context: of the stage.
+
+    Raises:
+        TuneyardError: a label of test or train is none of the model's, or the base has changed.
+    """
+    card = ModelCard.read(inputs["model"].path)
+    train = list(jsonl.read(inputs["train"].path / "examples.jsonl"))
+    refuse_unknown_labels({"test": tests, "train": train}, card.labels)
+    exam = Exam(
+        [row["text"] for row in tests],
+        [card.labels.index(row["label"]) for row in tests],
+        card.labels,
+        card.max_length_tokens,
+        config.per_device_batch_size,
+    )
+    folder = inputs["model"].path
+    systems: dict[str, dict[str, Any]] = {}
+    encodings = _encode(folder, exam.texts, exam)
+    scores = {}
+    systems["tuned"], scores["tuned"] = _classifier("tuned", exam, encodings, folder)
+    systems["tuned"]["about"] = "the tuned model, PyTorch float32"
+    if "compressed" in inputs:
+        path = inputs["compressed"].path
+        systems["compressed"], scores["compressed"] = _classifier("compressed", exam, encodings, path)
+        systems["compressed"] |= compression(systems["tuned"], systems["compressed"], folder, path)
+    systems["base"], scores["base"] = _probe(exam, train, card, context)
+    systems["tfidf_logreg"], scores["tfidf_logreg"] = _tfidf(exam, train)
+    facts = {
+        "truncated": {"texts": encodings.cut, "of": len(tests), "limit_tokens": exam.max_length_tokens},
+        "latency": "of one text alone; texts per second in batches sorted by length",
+        "threads": _threads(),
+    }
+    ships = "compressed" if "compressed" in inputs else "tuned"
+    return Findings(systems, ships, _rows(tests, exam, scores), facts)
+
+
+def refuse_unknown_labels(parts: Mapping[str, Sequence[Mapping[str, Any]]], labels: Sequence[str]) -> None:
+    """Check that each label is one that the model can give.
+
+    Raises:
+        TuneyardError: some are not; names them, and where the first of each was read.
+    """
+    strange: dict[str, str] = {}
+    for part, examples in parts.items():
+        for row in examples:
+            if row["label"] not in labels:
+                strange.setdefault(row["label"], f"{row['label']!r} in {part} ({_where(row)})")
+    if strange:
+        raise TuneyardError(
+            f"labels that the model does not know: {', '.join(strange.values())}; it knows {list(labels)}",
+            "train on a split that holds every label, or drop these examples from the corpus",
+        )
+
+
+def _where(row: Mapping[str, Any]) -> str:
+    origin = row.get("origin") or {}
+    return f"{origin.get('file', '?')}:{origin.get('line', '?')}"
+
+
+def _threads() -> int:
+    import torch
+
+    return int(torch.get_num_threads())
+
+
+def _encode(folder: Path, texts: Sequence[str], exam: Exam) -> predictions.Encodings:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    return predictions.encode(tokenizer, texts, exam.max_length_tokens)
+
+
+def _classifier(
+    name: str, exam: Exam, encodings: predictions.Encodings, folder: Path
+) -> tuple[dict[str, Any], Any]:
+    """One of our model folders, PyTorch or ONNX. Returns its metrics and probabilities."""
+    with resources.peak_memory() as memory:
+        if ModelCard.read(folder).layout == "onnx":
+            forward = predictions.onnx_classifier(folder / "model.onnx", _threads())
+        else:
+            forward = predictions.torch_classifier(folder)
+        progress = Progress(f"{name}: texts", len(encodings), "texts")
+        timed = predictions.run(forward, encodings, exam.per_device_batch_size, True, progress.advance)
+    del forward
+    gc.collect()
+    scores = class_metrics.probabilities(timed.outputs)
+    return {
+        **class_metrics.score(exam.truth, scores, exam.labels),
+        **resources.latencies(timed.single_seconds),
+        "texts_per_second": len(encodings) / timed.seconds,
+        "memory_gib": memory["gib"],
+    }, scores
+
+
+def compression(
+    before: Mapping[str, Any], after: Mapping[str, Any], before_folder: Path, after_folder: Path
+) -> dict[str, Any]:
+    """What compression cost and gave; both were measured in this process on equal batches and threads."""
+    return {
+        "about": "the compressed model that ships, ONNX int8",
+        "accuracy_drop_points": 100 * (before["accuracy"] - after["accuracy"]),
+        "throughput_ratio": after["texts_per_second"] / before["texts_per_second"],
+        "size_ratio": _weight_bytes(after_folder) / _weight_bytes(before_folder),
+    }
+
+
+def _weight_bytes(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.iterdir() if path.suffix in _WEIGHTS)
+
+
+def _base_folder(card: ModelCard, context: Context) -> Path:
+    uri, tuned_from = card.base_model.uri, card.base_model.fingerprint
+    now = sources.fingerprint(uri, context.store, "model")
+    if now != tuned_from:
+        raise TuneyardError(
+            f"base model {uri} changed since the training ({tuned_from[:12]} then, {now[:12]} now)",
+            "restore it, or submit again so that the model is trained on the new base",
+        )
+    return sources.model_folder(uri, context.store)
+
+
+def _probe(
+    exam: Exam, train: Sequence[Mapping[str, Any]], card: ModelCard, context: Context
+) -> tuple[dict[str, Any], Any]:
+    """The base, frozen, under a logistic regression."""
+    folder = _base_folder(card, context)
+    few = baselines.probe_examples(train)
+    encodings = _encode(folder, [*exam.texts, *(row["text"] for row in few)], exam)
+    progress = Progress("base: texts", len(encodings), "texts")
+    with resources.peak_memory() as memory:
+        embed = predictions.torch_embedder(folder, causal.preferred_precision("auto"))
+        vectors = predictions.run(embed, encodings, exam.per_device_batch_size, done=progress.advance).outputs
+    count = len(exam.texts)
+    truth = [exam.labels.index(row["label"]) for row in few]
+    scores = baselines.linear_probe(vectors[count:], truth, vectors[:count], len(exam.labels))
+    return {
+        "about": f"linear probe: the frozen base model, and logistic regression on {len(few)} train examples",
+        **class_metrics.score(exam.truth, scores, exam.labels),
+        "memory_gib": memory["gib"],
+    }, scores
+
+
+def _tfidf(exam: Exam, train: Sequence[Mapping[str, Any]]) -> tuple[dict[str, Any], Any]:
+    truth = [exam.labels.index(row["label"]) for row in train]
+    scores = baselines.tfidf_logreg([row["text"] for row in train], truth, exam.texts, len(exam.labels))
+    return {
+        "about": f"TF-IDF of one and two words, and logistic regression on all {len(train)} train examples",
+        **class_metrics.score(exam.truth, scores, exam.labels),
+    }, scores
+
+
+def _rows(tests: Sequence[Mapping[str, Any]], exam: Exam, scores: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """What each system said of each text, for answers.jsonl and the page."""
+    said = {name: table.argmax(axis=1) for name, table in scores.items()}
+    return [
+        {
+            "id": row["id"],
+            "origin": row.get("origin"),
+            "prompt": row["text"],
+            "reference": row["label"],
+            **{name: exam.labels[int(found[index])] for name, found in said.items()},
+            **{f"{name}_probability": float(scores[name][index].max()) for name in scores},
+        }
+        for index, row in enumerate(tests)
+    ]

@@ -1,0 +1,82 @@
+"""Settings of the evaluate stage."""
+
+from __future__ import annotations
+
+import difflib
+
+from pydantic import Field, model_validator
+
+from components.shared.settings import Settings
+
+# What a gate may be set on, by the task of a model (ModelCard.task).
+METRICS: dict[str, tuple[str, ...]] = {
+    "causal-lm": (
+        "loss",
+        "loss_reduction",
+        "perplexity",
+        "exact_match",
+        "rouge_l",
+        "bleu",
+        "statute_citation_accuracy",
+        "latency_p50_ms",
+        "latency_p95_ms",
+        "tokens_per_second",
+        "memory_gib",
+    ),
+    "classification": (
+        "accuracy",
+        "macro_f1",
+        "auc",
+        "latency_p50_ms",
+        "latency_p95_ms",
+        "texts_per_second",
+        "memory_gib",
+        "accuracy_drop_points",
+        "throughput_ratio",
+        "size_ratio",
+    ),
+}
+
+
+class Bound(Settings):
+    """Bounds of one metric, inclusive."""
+
+    min: float | None = Field(None, allow_inf_nan=False)
+    max: float | None = Field(None, allow_inf_nan=False)
+
+    @model_validator(mode="after")
+    def _something(self) -> Bound:
+        if self.min is None and self.max is None:
+            raise ValueError("a gate needs min or max")
+        if self.min is not None and self.max is not None and self.min > self.max:
+            raise ValueError(f"min {self.min} is above max {self.max}: nothing could pass")
+        return self
+
+
+class EvaluateConfig(Settings):
+    """How the model is judged, on `test` only.
+
+    Args:
+        gates: metric -> bounds that the model that will ship must keep.
+        max_generated: how many test examples are answered in full (for exact match, ROUGE-L and BLEU); loss
+            is always over all. They are the first by example id, so the same ones in each run.
+        max_new_tokens: longest answer in tokens; None: the longest reference, in tokens, up to 512.
+        per_device_batch_size: examples in one forward pass.
+    """
+
+    gates: dict[str, Bound] = Field(default_factory=dict)
+    max_generated: int = Field(32, ge=1)
+    max_new_tokens: int | None = Field(None, ge=1)
+    per_device_batch_size: int = Field(16, ge=1)
+
+    @model_validator(mode="after")
+    def _known_metrics(self) -> EvaluateConfig:
+        known = sorted({name for names in METRICS.values() for name in names})
+        faults = []
+        for name in self.gates:
+            if name not in known:
+                close = difflib.get_close_matches(name, known, 1)
+                faults.append(f"{name!r}" + (f" (did you mean {close[0]!r}?)" if close else ""))
+        if faults:
+            raise ValueError(f"gates: no such metric: {', '.join(faults)}; there are {', '.join(known)}")
+        return self

@@ -1,0 +1,116 @@
+"""The evaluate stage: the model that will ship against its base, on `test` alone, and the verdict."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from components.evaluate import answers, classes, gates, page
+from components.evaluate.config import EvaluateConfig
+from components.evaluate.findings import Findings, flat, numbers
+from components.shared import jsonl
+from components.shared.errors import TuneyardError
+from components.shared.modelcard import ModelCard
+from components.shared.stage import Artifact, Context, Result
+
+log = logging.getLogger("tuneyard.evaluate")
+_OBJECTIVE = {"causal-lm": "sft", "classification": "classification"}
+_SHOWN_LEAKS = 5
+
+
+def evaluate(config: EvaluateConfig, inputs: Mapping[str, Artifact], context: Context) -> Result:
+    """Judge a model on examples that it has never seen.
+
+    Args:
+        config: see EvaluateConfig.
+        inputs: `test`, `train` (to show that test is not in it, and for the baselines), `model`, and
+            `compressed` where there is that stage.
+        context: of the stage.
+
+    Returns:
+        Output `evaluation`: evaluation.json, answers.jsonl and page.html. Stops when a gate fails.
+
+    Raises:
+        TuneyardError: test is empty or holds a row of train, a gate is on a metric that this task has not,
+            or the text metrics do not hold for the corpus.
+    """
+    card = ModelCard.read(inputs["model"].path)
+    gates.refuse_unknown(config.gates, card.task)
+    tests = read_tests(inputs["test"].path / "examples.jsonl", inputs["train"].path / "examples.jsonl")
+    judge = answers.judge if card.task == "causal-lm" else classes.judge
+    findings = judge(config, tests, inputs, context)
+    verdict = gates.verdict(config.gates, findings.ships, findings.systems[findings.ships])
+    document = {
+        "objective": _OBJECTIVE[card.task],
+        "pipeline": context.pipeline,
+        "run": context.run,
+        "test": {"count": len(tests), "digest": inputs["test"].manifest.digest},
+        "model": {name: inputs[name].manifest.digest for name in ("model", "compressed") if name in inputs},
+        "systems": findings.systems,
+        "verdict": verdict,
+        **findings.facts,
+    }
+    _write(context.out / "evaluation", document, findings)
+    metrics = flat(findings)
+    _log(card.mlflow_run, metrics)
+    return Result(
+        kinds={"evaluation": "report"},
+        metadata={"evaluation": {"objective": document["objective"], "passed": verdict["passed"]}},
+        metrics=metrics,
+        summary={
+            "metrics": {name: numbers(system) for name, system in findings.systems.items()},
+            "verdict": verdict,
+        },
+        page=context.out / "evaluation" / "page.html",
+        stop=gates.stop_line(verdict),
+        stop_todo="see page.html of the evaluation; train better, or change evaluate.gates on purpose",
+    )
+
+
+def read_tests(test: Path, train: Path) -> list[dict[str, Any]]:
+    """The test examples, by id.
+
+    Raises:
+        TuneyardError: there is none, or some are in train too.
+    """
+    tests = sorted(jsonl.read(test), key=lambda row: row["id"])
+    if not tests:
+        raise TuneyardError(
+            "test holds no example", "give the corpus more rows, or split.ratios a larger test share"
+        )
+    ids = {row["id"]: row.get("origin") for row in tests}
+    leaked = [row for row in jsonl.read(train) if row["id"] in ids]
+    if leaked:
+        shown = "; ".join(
+            f"{row['id'][:12]} (test {_where(ids[row['id']])}, train {_where(row.get('origin'))})"
+            for row in leaked[:_SHOWN_LEAKS]
+        )
+        raise TuneyardError(
+            f"test row leaked: {len(leaked)} of {len(tests)} test examples are in train too: {shown}",
+            "a model was trained on what would judge it; split the corpus again",
+        )
+    return tests
+
+
+def _where(origin: Mapping[str, Any] | None) -> str:
+    return f"{origin.get('file', '?')}:{origin.get('line', '?')}" if origin else "?"
+
+
+def _write(folder: Path, document: Mapping[str, Any], findings: Findings) -> None:
+    folder.mkdir(parents=True)
+    # allow_nan=False: NaN is no JSON, and a metric that is none must have become None before.
+    text = json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False)
+    (folder / "evaluation.json").write_text(text)
+    jsonl.write(folder / "answers.jsonl", findings.answers)
+    (folder / "page.html").write_text(page.render(document, findings))
+
+
+def _log(mlflow_run: str, metrics: Mapping[str, float]) -> None:
+    if mlflow_run and os.environ.get("MLFLOW_TRACKING_URI"):
+        from components.shared import tracking
+
+        tracking.log_metrics(mlflow_run, metrics)

@@ -1,0 +1,113 @@
+"""Greedy answers in batches: what the model would say, token for token, to prompts of any length."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A generated answer.
+
+    Args:
+        tokens: ids without the end token.
+        ended: whether the model ended it itself; False when the limit cut it.
+        seconds: from the start of its batch to its last token, as a caller in that batch would wait.
+    """
+
+    tokens: list[int]
+    ended: bool
+    seconds: float
+
+
+def generate(
+    model: Any,
+    prompts: Sequence[Sequence[int]],
+    end_id: int,
+    max_new_tokens: int,
+    per_device_batch_size: int,
+    done: Callable[[int], None] = lambda count: None,
+) -> list[Answer]:
+    """Answer each prompt greedily, in batches of similar length.
+
+    Args:
+        model: causal model in eval mode, PEFT or not.
+        prompts: token ids of each prompt.
+        end_id: the token that ends an answer.
+        max_new_tokens: longest answer.
+        per_device_batch_size: prompts in one forward pass.
+        done: called with 1 for each finished answer.
+
+    Returns:
+        One answer for each prompt, in their order. Without rounding differences between batch shapes they
+        are those of one prompt at a time (a test holds that in float32).
+    """
+    answers: dict[int, Answer] = {}
+    order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
+    for start in range(0, len(order), per_device_batch_size):
+        batch = order[start : start + per_device_batch_size]
+        found = _answer_batch(model, [prompts[index] for index in batch], end_id, max_new_tokens, done)
+        answers.update(zip(batch, found, strict=True))
+    return [answers[index] for index in range(len(prompts))]
+
+
+def _left_padded(prompts: Sequence[Sequence[int]], device: Any) -> tuple[Any, Any]:
+    """Token ids and attention mask, [batch, longest]; padded left so that all answers start together."""
+    import torch
+
+    longest = max(map(len, prompts))
+    # Which id pads does not matter: the mask hides it.
+    ids = torch.tensor([[0] * (longest - len(p)) + list(p) for p in prompts], device=device)
+    mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=device)
+    return ids, mask
+
+
+def _answer_batch(
+    model: Any,
+    prompts: Sequence[Sequence[int]],
+    end_id: int,
+    max_new_tokens: int,
+    done: Callable[[int], None],
+) -> list[Answer]:
+    import torch
+    from transformers import DynamicCache
+
+    started = time.perf_counter()
+    ids, mask = _left_padded(prompts, model.device)
+    positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
+    cache = DynamicCache(config=model.config)
+    tokens: list[list[int]] = [[] for _ in prompts]
+    answers: dict[int, Answer] = {}
+    live = list(range(len(prompts)))  # row of the batch now -> prompt
+    with torch.inference_mode():
+        while live:
+            logits = model(
+                input_ids=ids,
+                attention_mask=mask,
+                position_ids=positions,
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=1,
+            ).logits[:, -1]
+            chosen = logits.max(dim=-1).indices.tolist()  # argmax of bfloat16 is four times slower
+            keep = []
+            for row, (prompt, token) in enumerate(zip(live, chosen, strict=True)):
+                if token != end_id:
+                    tokens[prompt].append(token)
+                if token == end_id or len(tokens[prompt]) == max_new_tokens:
+                    answers[prompt] = Answer(tokens[prompt], token == end_id, time.perf_counter() - started)
+                    done(1)
+                else:
+                    keep.append(row)
+            if len(keep) < len(live):
+                # A finished answer costs no further arithmetic.
+                cache.batch_select_indices(torch.tensor(keep, dtype=torch.long, device=mask.device))
+                mask = mask[keep]
+            live = [live[row] for row in keep]
+            ids = torch.tensor([[chosen[row]] for row in keep], device=mask.device)
+            mask = torch.cat([mask, mask.new_ones(len(keep), 1)], dim=1)
+            positions = mask.sum(dim=1, keepdim=True) - 1
+    return [answers[prompt] for prompt in range(len(prompts))]

@@ -1,0 +1,155 @@
+"""Class probabilities of texts, by PyTorch or ONNX Runtime, over exactly the same batches."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+# From padded arrays [batch, longest] by input name to logits [batch, classes].
+Forward = Callable[[dict[str, Any]], Any]
+_TIMED_SINGLY = 48
+
+
+@dataclass(frozen=True)
+class Encodings:
+    """Texts as a model's tokenizer sees them.
+
+    Args:
+        columns: input name (`input_ids`, `attention_mask`...) -> one list of ids for each text.
+        pad_id: of `input_ids`; every other column is padded with 0.
+        cut: how many texts were longer than the limit.
+    """
+
+    columns: dict[str, list[list[int]]]
+    pad_id: int
+    cut: int
+
+    def __len__(self) -> int:
+        return len(self.columns["input_ids"])
+
+    def by_length(self) -> list[int]:
+        """Indices, shortest text first, so that a batch is padded little."""
+        return sorted(range(len(self)), key=lambda index: len(self.columns["input_ids"][index]))
+
+    def batch(self, indices: Sequence[int]) -> dict[str, Any]:
+        """Right-padded int64 arrays [len(indices), longest]."""
+        import numpy as np
+
+        longest = max(len(self.columns["input_ids"][i]) for i in indices)
+        arrays = {}
+        for name, rows in self.columns.items():
+            array = np.full(
+                (len(indices), longest), self.pad_id if name == "input_ids" else 0, dtype=np.int64
+            )
+            for at, index in enumerate(indices):
+                array[at, : len(rows[index])] = rows[index]
+            arrays[name] = array
+        return arrays
+
+
+@dataclass(frozen=True)
+class Timed:
+    """Outputs [texts, ...] in the order of the texts; seconds in the model alone; seconds of single texts."""
+
+    outputs: Any
+    seconds: float
+    single_seconds: list[float]
+
+
+def encode(tokenizer: Any, texts: Sequence[str], max_length_tokens: int) -> Encodings:
+    """Tokenise texts, cut at a limit, and count those that were cut."""
+    lengths = [len(ids) for ids in tokenizer(list(texts), truncation=False, verbose=False)["input_ids"]]
+    encoded = tokenizer(list(texts), truncation=True, max_length=max_length_tokens)
+    cut = sum(length > max_length_tokens for length in lengths)
+    return Encodings({name: list(rows) for name, rows in encoded.items()}, tokenizer.pad_token_id or 0, cut)
+
+
+def run(
+    forward: Forward,
+    encodings: Encodings,
+    per_device_batch_size: int,
+    singly: bool = False,
+    done: Callable[[int], None] = lambda count: None,
+) -> Timed:
+    """Put every text through a model.
+
+    Args:
+        forward: the model.
+        encodings: the texts.
+        per_device_batch_size: texts in one forward pass.
+        singly: also time some texts, evenly spread over the lengths, one at a time.
+        done: called with how many texts each batch finished.
+    """
+    import numpy as np
+
+    order = encodings.by_length()
+    forward(encodings.batch(order[:per_device_batch_size]))  # the first pass pays for set-up; it is not timed
+    outputs, seconds = [], 0.0
+    for start in range(0, len(order), per_device_batch_size):
+        batch = encodings.batch(order[start : start + per_device_batch_size])
+        started = time.perf_counter()
+        outputs.append(forward(batch))
+        seconds += time.perf_counter() - started
+        done(len(outputs[-1]))
+    single_seconds = []
+    for index in order[:: max(1, len(order) // _TIMED_SINGLY)] if singly else []:
+        batch = encodings.batch([index])
+        started = time.perf_counter()
+        forward(batch)
+        single_seconds.append(time.perf_counter() - started)
+    return Timed(np.concatenate(outputs)[np.argsort(order)], seconds, single_seconds)
+
+
+def torch_classifier(folder: Path) -> Forward:
+    """The float32 PyTorch model of a folder, logits out."""
+    import torch
+    from transformers import AutoModelForSequenceClassification
+
+    model = AutoModelForSequenceClassification.from_pretrained(
+        folder, dtype=torch.float32, local_files_only=True, use_safetensors=True
+    ).eval()
+
+    def forward(batch: dict[str, Any]) -> Any:
+        with torch.inference_mode():
+            return model(**{name: torch.from_numpy(array) for name, array in batch.items()}).logits.numpy()
+
+    return forward
+
+
+def torch_embedder(folder: Path, precision: str) -> Forward:
+    """The frozen encoder of a folder: the mean over a text's tokens of its last hidden states."""
+    import torch
+    from transformers import AutoModel
+
+    model = AutoModel.from_pretrained(
+        folder, dtype=getattr(torch, precision), local_files_only=True, use_safetensors=True
+    ).eval()
+
+    def forward(batch: dict[str, Any]) -> Any:
+        with torch.inference_mode():
+            tensors = {name: torch.from_numpy(array) for name, array in batch.items()}
+            hidden = model(**tensors).last_hidden_state.float()  # [batch, longest, width]
+            mask = tensors["attention_mask"][:, :, None].float()
+            return ((hidden * mask).sum(1) / mask.sum(1)).numpy()
+
+    return forward
+
+
+def onnx_classifier(path: Path, threads: int) -> Forward:
+    """An ONNX model on the CPU with as many threads as PyTorch has, logits out."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    wanted = [entry.name for entry in session.get_inputs()]
+    first = session.get_outputs()[0].name
+
+    def forward(batch: dict[str, Any]) -> Any:
+        return session.run([first], {name: batch[name] for name in wanted})[0]
+
+    return forward

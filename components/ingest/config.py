@@ -1,0 +1,60 @@
+"""Settings of the ingest stage."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from components.shared import examples
+from components.shared.settings import Settings
+
+
+class Normalise(Settings):
+    """How text is normalised. Fields that change are kept as they were under `original`.
+
+    Args:
+        unicode: Unicode normal form; NFC never changes what a reader sees.
+        newlines: CR LF and CR become LF.
+        controls: control and zero-width characters and byte order marks are removed.
+        trim: white space at both ends is removed.
+    """
+
+    unicode: Literal["NFC", "NFKC", "none"] = "NFC"
+    newlines: bool = True
+    controls: bool = True
+    trim: bool = True
+
+
+class IngestConfig(Settings):
+    """What to read and how to see it as examples.
+
+    Args:
+        source: s3:// prefix, local path or glob, or Hugging Face data set id.
+        test_source: the source's own test split, if any (set `split.test_source` in a pipeline file).
+        format: dataset type; inferred from `columns` or the objective when absent.
+        columns: field -> column of the source. Absent fields are read from a column of their own name.
+        keep: further columns to carry along under `extra` (group_by, stratify_by).
+        revision: of a Hugging Face data set.
+        normalise: see Normalise.
+    """
+
+    source: str
+    test_source: str | None = None
+    format: examples.DatasetType = "prompt-completion"
+    columns: dict[str, str] = Field(default_factory=dict)
+    keep: list[str] = Field(default_factory=list)
+    revision: str = "main"
+    normalise: Normalise = Normalise()
+
+    def external_uris(self) -> list[str]:
+        """The corpus and its test split."""
+        return [self.source] + ([self.test_source] if self.test_source else [])
+
+    @model_validator(mode="after")
+    def _known_fields(self) -> IngestConfig:
+        known = examples.fields(self.format)
+        unknown = sorted(set(self.columns) - set(known))
+        if unknown:
+            raise ValueError(f"columns: {unknown} are no fields of {self.format}; its fields are {list(known)}")
+        return self

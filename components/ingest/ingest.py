@@ -1,0 +1,208 @@
+"""Ingest: a corpus, whatever its columns are called, becomes examples; nothing is lost on the way."""
+
+from __future__ import annotations
+
+import hashlib
+import html
+import logging
+import unicodedata
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from components.ingest.config import IngestConfig, Normalise
+from components.ingest.reading import Fault, data_suffix, read
+from components.shared import digest, examples, jsonl, sources
+from components.shared.errors import StageStopped, TuneyardError
+from components.shared.progress import Progress
+from components.shared.stage import Artifact, Context, Result
+from components.shared.store import Store
+
+log = logging.getLogger("tuneyard.ingest")
+
+# Zero-width space, joiners and non-joiner between CJK, word joiner, byte order mark: invisible, and they make
+# equal texts unequal. Tab and line feed are text.
+_INVISIBLE = dict.fromkeys([0x200B, 0x2060, 0xFEFF, *(c for c in range(32) if c not in (9, 10, 13)), 127])
+ROLES = ("system", "user", "assistant", "tool")
+
+
+def normalise(text: str, how: Normalise) -> str:
+    """Text under the stated choices; idempotent."""
+    if how.newlines:
+        text = text.replace("\r\n", "\n").replace("\r", "\n")
+    if how.controls:
+        text = text.translate(_INVISIBLE)
+    if how.unicode != "none":
+        text = unicodedata.normalize(how.unicode, text)
+    return text.strip() if how.trim else text
+
+
+def _text(value: Any, field: str, how: Normalise) -> tuple[str, str | Fault]:
+    """The value as it was, and normalised or a fault."""
+    if value is None:
+        return "", Fault("missing_field", field, "null")
+    if isinstance(value, (int, float)) and not isinstance(value, bool) and field == "label":
+        value = str(value)
+    if not isinstance(value, str):
+        return "", Fault("wrong_type", field, f"{type(value).__name__}, not text")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        return "", Fault("bad_encoding", field, str(error))
+    return value, normalise(value, how)
+
+
+def _messages(value: Any, how: Normalise) -> tuple[Any, Any]:
+    if not isinstance(value, list) or not value:
+        return None, Fault("wrong_type", "messages", "not a list of messages")
+    cleaned = []
+    for at, message in enumerate(value):
+        place = f"messages[{at}]"
+        if not isinstance(message, dict) or message.get("role") not in ROLES:
+            return None, Fault("wrong_type", place, f"needs a role out of {ROLES} and content")
+        _, content = _text(message.get("content"), f"{place}.content", how)
+        if isinstance(content, Fault):
+            return None, content
+        cleaned.append({"role": message["role"], "content": content})
+    return value, cleaned
+
+
+def to_example(row: Mapping[str, Any], config: IngestConfig) -> dict[str, Any] | Fault:
+    """A row of the source as an example without origin, or why it cannot be one."""
+    example: dict[str, Any] = {}
+    original: dict[str, Any] = {}
+    for field in examples.fields(config.format):
+        column = config.columns.get(field, field)
+        optional = field in examples.OPTIONAL[config.format] and field not in config.columns
+        if column not in row:
+            if optional:
+                continue
+            return Fault("missing_field", field, f"no column {column!r}; the row has {sorted(map(str, row))[:12]}")
+        if optional and row[column] in (None, ""):
+            continue
+        reader = _messages(row[column], config.normalise) if field == "messages" else None
+        before, after = reader or _text(row[column], field, config.normalise)
+        if isinstance(after, Fault):
+            return after
+        if after == "" and not optional:
+            return Fault("empty_field", field, "no text is left after normalisation")
+        example[field] = after
+        if after != before:
+            original[field] = before
+    example_id = hashlib.sha256(digest.canonical(example)).hexdigest()
+    extra = {column: row.get(column) for column in config.keep}
+    return {**example, "id": example_id} | ({"extra": extra} if extra else {}) | (
+        {"original": original} if original else {}
+    )
+
+
+def _files(uri: str, config: IngestConfig, store: Store) -> list[tuple[str, Path]]:
+    """(name to show, local path) of each data file of a source, in a stable order."""
+    kind = sources.kind_of(uri)
+    if kind == "hub":
+        return _hub_files(uri, config, store)
+    if kind == "s3":
+        root = store.get_prefix(uri)
+        paths = sorted(p for p in root.rglob("*") if p.is_file())
+        base = uri.rstrip("/")
+        named = [(base if base.endswith("/" + p.name) else f"{base}/{p.relative_to(root)}", p) for p in paths]
+    else:
+        named = [(str(p), p) for p in sources.local_files(uri)]
+    data = [(name, path) for name, path in named if data_suffix(path)]
+    skipped = [name for name, path in named if not data_suffix(path)]
+    if not data:
+        raise TuneyardError(f"{uri}: no data file among {skipped[:5]}", "it reads .jsonl, .csv, .tsv and .parquet files")
+    for name in skipped:
+        log.info("ingest: %s is no data file, left out", name)
+    return data
+
+
+def _hub_files(uri: str, config: IngestConfig, store: Store) -> list[tuple[str, Path]]:
+    from huggingface_hub import snapshot_download
+
+    commit = sources.hub_revision(uri, config.revision, "dataset")
+    patterns = [f"*{s}{c}" for s in (".jsonl", ".json", ".csv", ".tsv", ".parquet") for c in ("", ".gz", ".zst")]
+    root = Path(snapshot_download(uri, repo_type="dataset", revision=commit, allow_patterns=patterns))
+    paths = sorted(p for p in root.rglob("*") if p.is_file())
+    if not paths:
+        raise TuneyardError(f"data set {uri}: no JSONL, CSV or Parquet file in it", "convert it first")
+    return [(f"{uri}@{commit[:12]}/{p.relative_to(root)}", p) for p in paths]
+
+
+def _rows(config: IngestConfig, store: Store) -> Iterator[tuple[str, str, int, dict[str, Any] | Fault]]:
+    """(part, file, line, row or fault) over the main source, then the test source."""
+    for part, uri in (("main", config.source), ("test", config.test_source)):
+        for name, path in _files(uri, config, store) if uri else []:
+            for line, row in read(path):
+                yield part, name, line, row
+
+
+def _page(summary: Mapping[str, Any]) -> str:
+    cells = "".join(f"<tr><td>{html.escape(k)}</td><td>{v}</td></tr>" for k, v in summary["by_reason"].items())
+    return (
+        "<!doctype html><meta charset=utf-8><title>ingest</title><style>body{font:15px system-ui;margin:2em}"
+        "td,th{padding:.3em 1em;border-bottom:1px solid #ddd;text-align:left}</style><h1>Ingest</h1>"
+        f"<p>{summary['read']} rows read, {summary['kept']} kept, {summary['quarantined']} in quarantine.</p>"
+        f"<table><tr><th>reason<th>rows</tr>{cells}</table>"
+    )
+
+
+def ingest(config: IngestConfig, inputs: Mapping[str, Artifact], context: Context) -> Result:
+    """Read the corpus and write `examples` and `quarantine`.
+
+    Raises:
+        TuneyardError: no data file at the source.
+        StageStopped: not one row could be kept.
+    """
+    counts: Counter[str] = Counter()
+    parts: Counter[str] = Counter()
+    changed: Counter[str] = Counter()
+    quarantine: list[dict[str, Any]] = []
+    progress = Progress("ingest", 0, "rows")
+
+    def kept() -> Iterator[dict[str, Any]]:
+        for part, file, line, row in _rows(config, context.store):
+            progress.advance()
+            example = row if isinstance(row, Fault) else to_example(row, config)
+            if isinstance(example, Fault):
+                raw = example.raw or ("" if isinstance(row, Fault) else str(dict(row))[:500])
+                counts[example.reason] += 1
+                quarantine.append(
+                    {"file": file, "line": line, "part": part, "reason": example.reason, "field": example.field}
+                    | {"detail": example.detail, "raw": raw.encode("utf-8", "backslashreplace").decode()}
+                )
+                continue
+            parts[part] += 1
+            changed.update(list(example.get("original", {})))
+            yield {**example, "origin": {"file": file, "line": line, "part": part}}
+
+    count = jsonl.write(context.out / "examples" / "examples.jsonl", kept())
+    jsonl.write(context.out / "quarantine" / "quarantine.jsonl", quarantine)
+    summary = {
+        "read": count + len(quarantine),
+        "kept": count,
+        "quarantined": len(quarantine),
+        "by_reason": dict(sorted(counts.items())),
+        "by_part": dict(parts),
+        "normalised": dict(sorted(changed.items())),
+    }
+    (context.out / "quarantine" / "summary.json").write_bytes(digest.canonical(summary))
+    (context.out / "page.html").write_text(_page(summary))
+    if not count:
+        first = quarantine[0] if quarantine else {"file": config.source, "line": 0, "reason": "no rows", "detail": ""}
+        raise StageStopped(
+            f"ingest: 0 of {len(quarantine)} rows of {config.source} could be kept; the first, "
+            f"{first['file']}:{first['line']}: {first['reason']} ({first['detail']})",
+            "map your column names with `ingest.columns: {field: column}`",
+        )
+    return Result(
+        kinds={"examples": "dataset", "quarantine": "dataset"},
+        metadata={
+            "examples": {"dataset_type": config.format, "source": config.source, "revision": config.revision, **summary},
+            "quarantine": summary,
+        },
+        metrics={"rows_read": summary["read"], "rows_kept": count, "rows_quarantined": len(quarantine)},
+        summary=summary,
+        page=context.out / "page.html",
+    )

@@ -1,0 +1,23 @@
+"""The KFP wrapper of the register stage."""
+
+from kfp import dsl
+from kfp.dsl import HTML, Dataset, Input, Metrics, Model, Output
+
+
+@dsl.component(base_image="tuneyard/cpu:python", install_kfp_package=False)
+def register(
+    config: str,
+    run: str,
+    model: Input[Model],
+    evaluation: Input[Dataset],
+    registration: Output[Dataset],
+    page: Output[HTML],
+    metrics: Output[Metrics],
+):
+    """Give the accepted model a version and, when it is not worse, the champion's place."""
+    from components.register.config import RegisterConfig
+    from components.register.register import register as verb
+    from components.shared.stage import execute
+
+    inputs = {"model": model, "evaluation": evaluation}
+    execute(verb, RegisterConfig, config, run, inputs, {"registration": registration}, page, metrics)

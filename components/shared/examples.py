@@ -1,0 +1,46 @@
+"""The dataset types: which fields an example of each has.
+
+An example on disk is a JSON object: the fields below, `id` (hex sha256 of the fields, so equal content has
+equal ids), `origin` ({file, line, part}: where it was read; part is `main` or `test`), `extra` (columns kept
+beside, e.g. for grouping) and `original` (fields as they were before normalisation, where that changed them).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+DatasetType = Literal["prompt-completion", "conversational", "labelled-text"]
+
+REQUIRED: dict[str, tuple[str, ...]] = {
+    "prompt-completion": ("prompt", "completion"),
+    "conversational": ("messages",),
+    "labelled-text": ("text", "label"),
+}
+OPTIONAL: dict[str, tuple[str, ...]] = {
+    "prompt-completion": ("system",),
+    "conversational": (),
+    "labelled-text": (),
+}
+
+
+def fields(dataset_type: str) -> tuple[str, ...]:
+    """Every field an example of the type may have, required ones first."""
+    return REQUIRED[dataset_type] + OPTIONAL[dataset_type]
+
+
+def content(example: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of an example, without id, origin, extra and original."""
+    return {k: v for k, v in example.items() if k not in ("id", "origin", "extra", "original")}
+
+
+def messages(example: Mapping[str, Any]) -> list[dict[str, str]]:
+    """A prompt-completion or conversational example as chat messages; the last one is the assistant's."""
+    if "messages" in example:
+        return list(example["messages"])
+    system = [{"role": "system", "content": example["system"]}] if example.get("system") else []
+    return [
+        *system,
+        {"role": "user", "content": example["prompt"]},
+        {"role": "assistant", "content": example["completion"]},
+    ]

@@ -1,0 +1,65 @@
+"""`tuneyard.json`: what every model folder of ours says about itself, beside its weights."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict
+
+from components.shared.errors import TuneyardError
+
+NAME = "tuneyard.json"
+
+
+class BaseModelRef(BaseModel):
+    """Where the base came from, and a fingerprint of its content (sources.fingerprint)."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    uri: str
+    fingerprint: str
+
+
+class ModelCard(BaseModel):
+    """Facts that whoever loads the model must follow.
+
+    Args:
+        task: `causal-lm` or `classification`.
+        layout: `transformers` (a whole model in safetensors), `peft` (an adapter beside a base) or `onnx`
+            (model.onnx, int8, with the tokenizer files).
+        base_model: what it was tuned from.
+        labels: class names in logit order; empty for causal models.
+        max_length_tokens: longer inputs are cut (and counted) before the model sees them.
+        template_probe: chat.probe of the tokenizer; None for classification.
+        trainable_weights: how many weights training moved.
+        total_weights: how many there are.
+        mlflow_run: id of the MLflow run of the training; empty without tracking.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+    task: Literal["causal-lm", "classification"]
+    layout: Literal["transformers", "peft", "onnx"]
+    base_model: BaseModelRef
+    labels: list[str] = []
+    max_length_tokens: int
+    template_probe: dict[str, Any] | None = None
+    trainable_weights: int
+    total_weights: int
+    mlflow_run: str = ""
+
+    def write(self, folder: Path) -> None:
+        """Write it into a model folder."""
+        (folder / NAME).write_text(self.model_dump_json(indent=1))
+
+    @classmethod
+    def read(cls, folder: Path) -> ModelCard:
+        """Read it from a model folder.
+
+        Raises:
+            TuneyardError: there is none or it does not fit.
+        """
+        try:
+            return cls.model_validate(json.loads((folder / NAME).read_text()))
+        except (OSError, ValueError) as error:
+            raise TuneyardError(f"{folder}: no usable {NAME} ({error})", "train the model again") from error

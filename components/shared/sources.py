@@ -1,0 +1,101 @@
+"""Where data and base models come from, and a fingerprint of what is there now."""
+
+from __future__ import annotations
+
+import glob
+import os
+import re
+from pathlib import Path
+
+from components.shared import digest
+from components.shared.errors import TuneyardError
+from components.shared.store import Store
+
+_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+
+
+def kind_of(uri: str) -> str:
+    """`s3`, `local` or `hub`: an s3:// prefix, an existing path or glob, else a Hugging Face id.
+
+    Raises:
+        TuneyardError: neither an existing path nor of the form of a Hugging Face id.
+    """
+    if uri.startswith("s3://"):
+        return "s3"
+    if uri.startswith(("/", "./", "../", "~")) or any(c in uri for c in "*?[") or Path(uri).exists():
+        return "local"
+    if _HUB_ID.fullmatch(uri):
+        return "hub"
+    raise TuneyardError(f"{uri!r} is no s3:// prefix, path, glob or Hugging Face id", "correct it in the pipeline file")
+
+
+def local_files(uri: str) -> list[Path]:
+    """Files of a path or glob, folders walked, hidden and `_marker` files left out, sorted.
+
+    Raises:
+        TuneyardError: nothing matches.
+    """
+    matches = sorted(glob.glob(os.path.expanduser(uri), recursive=True))
+    files: list[Path] = []
+    for match in map(Path, matches):
+        found = [p for p in sorted(match.rglob("*")) if p.is_file()] if match.is_dir() else [match]
+        files += [p for p in found if p.name[0] not in "._"]
+    if not files:
+        raise TuneyardError(f"{uri}: no file there (looked from {Path.cwd()})", "check the path in the pipeline file")
+    return files
+
+
+def hub_revision(repository: str, revision: str, repo_type: str) -> str:
+    """The commit that a revision of a Hugging Face repository points at now.
+
+    Raises:
+        TuneyardError: no such repository or revision, or the hub cannot be reached.
+    """
+    from huggingface_hub import HfApi
+
+    try:
+        return str(HfApi().repo_info(repository, revision=revision, repo_type=repo_type).sha)
+    except Exception as error:  # the client raises a dozen unrelated types, all meaning "not to be had"
+        raise TuneyardError(
+            f"Hugging Face {repo_type} {repository!r} at {revision!r} cannot be had ({type(error).__name__}: {error})",
+            "a local path must exist or start with ./ ; else check the id, HF_TOKEN for a gated one, and the network",
+        ) from error
+
+
+def fingerprint(uri: str, store: Store, repo_type: str, revision: str = "main") -> str:
+    """A digest of the content that a URI names at this moment.
+
+    Args:
+        uri: s3:// prefix, local path or glob, or Hugging Face id.
+        store: gives the S3 client.
+        repo_type: `dataset` or `model`, for a Hugging Face id.
+        revision: of a Hugging Face id.
+    """
+    kind = kind_of(uri)
+    if kind == "s3":
+        return digest.of_value([[o["key"], o["size"], o["etag"]] for o in store.list_prefix(uri)])
+    if kind == "local":
+        return digest.of_value([[str(p), digest.of_file(p)] for p in local_files(uri)])
+    return digest.of_value([uri, hub_revision(uri, revision, repo_type)])
+
+
+def model_folder(uri: str, store: Store, revision: str = "main") -> Path:
+    """A local folder with the files of a base model.
+
+    Raises:
+        TuneyardError: nothing is there, or it is no model folder (no config.json).
+    """
+    kind = kind_of(uri)
+    if kind == "s3":
+        folder = store.get_prefix(uri)
+    elif kind == "local":
+        folder = Path(os.path.expanduser(uri)).resolve()
+    else:
+        from huggingface_hub import snapshot_download
+
+        wanted = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+        commit = hub_revision(uri, revision, "model")
+        folder = Path(snapshot_download(uri, revision=commit, allow_patterns=wanted))
+    if not (folder / "config.json").is_file():
+        raise TuneyardError(f"base model {uri}: no config.json in {folder}", "name the folder that holds config.json")
+    return folder

@@ -1,0 +1,279 @@
+"""What happens around every stage: inputs in, the work, outputs committed, a record of how it went.
+
+The same function runs in a local subprocess and in a pod. A stage's *key* is a digest of its code, its
+settings and the content of everything it reads; the commit under that key is written last, so found means
+done and absent means it never happened.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from components.shared import digest, sources
+from components.shared.errors import EXIT_FAILED, StageStopped, TuneyardError
+from components.shared.manifest import Manifest
+from components.shared.settings import Settings
+from components.shared.store import Store
+
+log = logging.getLogger("tuneyard.stage")
+
+STARTED = "\u25b8 "
+FINISHED = "\u2713 "
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """An input of a stage: its manifest, and a local folder with its files."""
+
+    manifest: Manifest
+    path: Path
+
+
+@dataclass(frozen=True)
+class Context:
+    """Where a stage runs.
+
+    Args:
+        run: id of the pipeline run.
+        pipeline: name in the pipeline file.
+        stage: name of the stage.
+        key: the stage's key.
+        store: for what is no input artifact, such as the base model.
+        out: an empty folder; what the stage leaves in `out/<output name>/` becomes that output.
+        work: a folder of this key that outlives a killed attempt; checkpoints go here.
+    """
+
+    run: str
+    pipeline: str
+    stage: str
+    key: str
+    store: Store
+    out: Path
+    work: Path
+
+
+@dataclass
+class Result:
+    """What a stage says besides the files it leaves.
+
+    Args:
+        kinds: output name -> manifest kind (`dataset`, `model`, `report`).
+        metadata: output name -> facts that go into its manifest.
+        metrics: flat numbers for the run's record and the KFP page.
+        summary: small JSON for the run's record (counts by reason, verdict, model version...).
+        page: an HTML file in `out`, shown in the KFP page; None when there is none.
+        stop: when set, the stage commits and then stops the line: what was found.
+        stop_todo: what the reader can do about it.
+    """
+
+    kinds: dict[str, str]
+    metadata: dict[str, dict[str, Any]] = field(default_factory=dict)
+    metrics: dict[str, float] = field(default_factory=dict)
+    summary: dict[str, Any] = field(default_factory=dict)
+    page: Path | None = None
+    stop: str = ""
+    stop_todo: str = ""
+
+
+Verb = Callable[[Any, Mapping[str, Artifact], Context], Result]
+
+
+def external_fingerprints(stage: str, config: Settings, store: Store) -> dict[str, str]:
+    """Digests of what a stage reads besides its inputs, by URI."""
+    repo_type = "dataset" if stage == "ingest" else "model"
+    revision = getattr(config, "revision", None) or "main"
+    return {uri: sources.fingerprint(uri, store, repo_type, revision) for uri in config.external_uris()}
+
+
+def stage_key(stage: str, config: Settings, inputs: Mapping[str, str], store: Store) -> str:
+    """The key of a stage.
+
+    Args:
+        stage: its name.
+        config: its resolved settings.
+        inputs: input name -> digest of the artifact.
+        store: to fingerprint what is outside.
+    """
+    return digest.of_value(
+        {
+            "stage": stage,
+            "code": digest.of_code(stage),
+            "settings": config.model_dump(mode="json"),
+            "inputs": dict(inputs),
+            "external": external_fingerprints(stage, config, store),
+        }
+    )
+
+
+def commit_name(stage: str, key: str) -> str:
+    """Name of a stage's commit in the store."""
+    return f"stages/{stage}/{key}.json"
+
+
+def read_commit(stage: str, key: str, config: Settings, store: Store) -> dict[str, Any] | None:
+    """The commit of a key whose artifacts are all still there and whose effect lasts, else None."""
+    commit = store.read_json(commit_name(stage, key))
+    if commit is None:
+        return None
+    for name, uri in commit["outputs"].items():
+        try:
+            whole = store.has_tree(store.read_manifest(uri))
+        except TuneyardError:
+            whole = False
+        if not whole:
+            log.warning("%s: output %s of key %s is no longer in the store; running again", stage, name, key[:12])
+            return None
+    return commit if config.still_true(commit["summary"]) else None
+
+
+def raise_if_stopped(commit: Mapping[str, Any]) -> None:
+    """Stop the line again where a committed stage stopped it before.
+
+    Raises:
+        StageStopped: the commit carries a stop.
+    """
+    if commit["stop"]:
+        raise StageStopped(commit["stop"], commit["stop_todo"])
+
+
+def work_folder(stage: str, key: str) -> Path:
+    """The folder of a key that outlives a killed attempt."""
+    home = Path(os.environ.get("TUNEYARD_HOME", ".tuneyard")).resolve()
+    return home / "work" / stage / key
+
+
+def _run_verb(verb: Verb, config: Settings, inputs: Mapping[str, Manifest], context: Context) -> dict[str, Any]:
+    started = time.time()
+    shutil.rmtree(context.out, ignore_errors=True)
+    artifacts = {
+        name: Artifact(manifest, context.store.get_tree(manifest, context.out.parent / "inputs" / name))
+        for name, manifest in inputs.items()
+    }
+    context.out.mkdir(parents=True)
+    result = verb(config, artifacts, context)
+    made_by = {
+        "stage": context.stage,
+        "key": context.key,
+        "code": digest.of_code(context.stage),
+        "settings": config.model_dump(mode="json"),
+        "inputs": {name: manifest.digest for name, manifest in inputs.items()},
+    }
+    manifests = {
+        name: context.store.put_tree(context.out / name, kind, result.metadata.get(name, {}), made_by)
+        for name, kind in result.kinds.items()
+    }
+    page = result.page.read_text() if result.page else ""
+    commit = {
+        **{k: v for k, v in asdict(result).items() if k in ("metrics", "summary", "stop", "stop_todo")},
+        "stage": context.stage,
+        "key": context.key,
+        "run": context.run,
+        "page": page,
+        "seconds": round(time.time() - started, 3),
+        "outputs": {name: context.store.manifest_uri(manifest) for name, manifest in manifests.items()},
+    }
+    context.store.write_json(commit_name(context.stage, context.key), commit)
+    return commit
+
+
+def record(store: Store, run: str, stage: str, **facts: Any) -> None:
+    """Write how a stage of a run went, for `submit`, `runs` and whoever looks later."""
+    store.write_json(f"runs/{run}/{stage}.json", {"stage": stage, **facts})
+
+
+def perform(verb: Verb, config: Settings, run: Mapping[str, str], inputs: Mapping[str, Manifest]) -> dict[str, Any]:
+    """Do a stage unless its key is committed; leave a record either way.
+
+    Args:
+        verb: the stage's logic; its package names the stage.
+        config: resolved settings.
+        run: `id` and `pipeline` of the run.
+        inputs: input name -> manifest.
+
+    Returns:
+        The commit.
+
+    Raises:
+        StageStopped: a check stopped the line (after the commit).
+        TuneyardError: whatever the stage found wrong.
+    """
+    stage = verb.__module__.split(".")[1]
+    store = Store.from_environment()
+    started = time.time()
+    log.info("%s%s", STARTED, stage)
+    try:
+        key = stage_key(stage, config, {name: manifest.digest for name, manifest in inputs.items()}, store)
+        commit = read_commit(stage, key, config, store)
+        cached = commit is not None
+        if commit is None:
+            work = work_folder(stage, key)
+            context = Context(run["id"], run["pipeline"], stage, key, store, work / "out", work)
+            commit = _run_verb(verb, config, inputs, context)
+            shutil.rmtree(work, ignore_errors=True)
+        seconds = round(time.time() - started, 3)
+        status = "stopped" if commit["stop"] else "done"
+        record(store, run["id"], stage, status=status, cached=cached, seconds=seconds, key=key)
+        log.info("%s%s  %.1f s%s", FINISHED, stage, seconds, ", done before" if cached else "")
+    except TuneyardError as error:
+        facts = {"what": error.what, "todo": error.todo, "exit_code": error.exit_code}
+        record(store, run["id"], stage, status="failed", error=facts, seconds=round(time.time() - started, 3))
+        raise
+    except BaseException as error:
+        facts = {"what": f"{type(error).__name__}: {error}", "todo": "", "exit_code": EXIT_FAILED}
+        status = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
+        record(store, run["id"], stage, status=status, error=facts, seconds=round(time.time() - started, 3))
+        raise
+    raise_if_stopped(commit)
+    return commit
+
+
+def execute(
+    verb: Verb,
+    config_class: type[Settings],
+    config: str,
+    run: str,
+    inputs: Mapping[str, Any],
+    outputs: Mapping[str, Any],
+    page: Any,
+    metrics: Any,
+) -> None:
+    """The body of every KFP component.
+
+    Args:
+        verb: the stage's logic.
+        config_class: its settings class.
+        config: the settings as JSON.
+        run: JSON with `id` and `pipeline`.
+        inputs: input name -> KFP artifact whose file is a manifest.
+        outputs: output name -> KFP artifact to write the manifest to.
+        page: KFP HTML artifact.
+        metrics: KFP Metrics artifact.
+    """
+    # KFP's executor has set up the root logger for its own lines.
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr, force=True)
+    logging.getLogger("tuneyard").setLevel(logging.INFO)
+    manifests = {n: Manifest.from_json(Path(a.path).read_text(), a.path) for n, a in inputs.items() if a is not None}
+    try:
+        commit = perform(verb, config_class.model_validate_json(config), json.loads(run), manifests)
+    except TuneyardError as error:
+        log.error("%s: %s", verb.__module__.split(".")[1], error)
+        sys.exit(error.exit_code)
+    store = Store.from_environment()
+    for name, artifact in outputs.items():
+        manifest = store.read_manifest(commit["outputs"][name])
+        Path(artifact.path).parent.mkdir(parents=True, exist_ok=True)
+        Path(artifact.path).write_text(manifest.to_json())
+        artifact.metadata.update(digest=manifest.digest, uri=commit["outputs"][name], size_bytes=manifest.size)
+    Path(page.path).parent.mkdir(parents=True, exist_ok=True)
+    Path(page.path).write_text(commit["page"] or "<p>no page</p>")
+    for name, value in commit["metrics"].items():
+        metrics.log_metric(name, value)

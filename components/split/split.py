@@ -1,0 +1,190 @@
+"""Split: every example gets a side that depends on nothing but itself.
+
+A side is a threshold on a hash of the example's content (or of its group), salted with its stratum: so an
+example keeps its side when rows are added, and exact duplicates, having equal hashes, share one. The price
+is that a side's share is right only in expectation; what came out is measured and gated, not assumed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import html
+import math
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from components.shared import examples, jsonl
+from components.shared.errors import TuneyardError
+from components.shared.stage import Artifact, Context, Result
+from components.split.config import SplitConfig
+
+SIDES = ("train", "eval", "test")
+
+
+def unit_hash(*parts: str) -> float:
+    """A number in [0, 1) that depends on the parts alone, evenly spread (53 bits of sha256)."""
+    raw = hashlib.sha256("\x1f".join(parts).encode("utf-8", "surrogatepass")).digest()
+    return int.from_bytes(raw[:8], "big") / 2**64
+
+
+def column_value(example: Mapping[str, Any], column: str) -> str:
+    """The value of a field or of a kept column, as text."""
+    value = example.get(column, example.get("extra", {}).get(column))
+    if value is None:
+        origin = example["origin"]
+        raise TuneyardError(
+            f"{origin['file']}:{origin['line']}: no value of {column!r} to split by",
+            f"name a column that every row has, and list it under `ingest.keep: [{column}]`",
+        )
+    return str(value)
+
+
+def side_of(example: Mapping[str, Any], config: SplitConfig, own_test: bool) -> str:
+    """The side of one example.
+
+    Args:
+        example: with `id` and `origin`.
+        config: ratios, seed, group and stratum.
+        own_test: whether the source brings its own test split, so that the rest is train and eval.
+    """
+    if example["origin"]["part"] == "test":
+        return "test"
+    unit = column_value(example, config.group_by) if config.group_by else example["id"]
+    stratum = column_value(example, config.stratify_by) if config.stratify_by and not config.group_by else ""
+    at = unit_hash(str(config.seed), stratum, unit)
+    train, evaluation, _ = config.ratios
+    if own_test:
+        return "train" if at < train / (train + evaluation) else "eval"
+    return "train" if at < train else "eval" if at < train + evaluation else "test"
+
+
+def kl_nats(part: Mapping[str, int], whole: Mapping[str, int]) -> float:
+    """Kullback-Leibler divergence of a side from the whole, in nats; 0 where they are alike.
+
+    A side is part of the whole, so no value of it has probability 0 in the whole and none must be invented.
+    """
+    n, m = sum(part.values()), sum(whole.values())
+    return sum(c / n * math.log(c / n / (whole[v] / m)) for v, c in part.items() if c) if n else math.inf
+
+
+def explained_by_chance(values: int, count: int) -> float:
+    """The KL (nats) that a fair draw of `count` examples over `values` values exceeds once in a thousand.
+
+    2 n KL of a fair draw tends to a chi-squared with values - 1 degrees of freedom (Wilks 1938); its quantile
+    is by Wilson and Hilferty (1931). Without this a side of ten examples would fail by luck alone.
+    """
+    freedom = max(values - 1, 1)
+    spread = 2 / (9 * freedom)
+    return freedom * (1 - spread + 3.09 * math.sqrt(spread)) ** 3 / (2 * count) if count else math.inf
+
+
+def length_bin(example: Mapping[str, Any]) -> str:
+    """Order of magnitude of an example's text, in powers of two of characters."""
+    text = "".join(str(v) for v in examples.content(example).values())
+    return f"2^{len(text).bit_length():02d}"
+
+
+def _distributions(rows: Iterable[Mapping[str, Any]], config: SplitConfig) -> dict[str, Counter[str]]:
+    found: dict[str, Counter[str]] = {"length": Counter()}
+    for row in rows:
+        found["length"][length_bin(row)] += 1
+        if config.stratify_by:
+            found.setdefault(config.stratify_by, Counter())[column_value(row, config.stratify_by)] += 1
+    return found
+
+
+def _without_leaks(sides: dict[str, list[dict[str, Any]]], config: SplitConfig) -> list[dict[str, Any]]:
+    """Take examples out of train and eval whose content (or group) also stands in the source's own test split."""
+    taboo = {row["id"] for row in sides["test"]}
+    groups = {column_value(row, config.group_by) for row in sides["test"]} if config.group_by else set()
+    removed = []
+    for side in ("train", "eval"):
+        kept = []
+        for row in sides[side]:
+            leaks = row["id"] in taboo or (config.group_by and column_value(row, config.group_by) in groups)
+            (removed if leaks else kept).append(row)
+        sides[side] = kept
+    return removed
+
+
+def _page(summary: Mapping[str, Any]) -> str:
+    rows = "".join(
+        f"<tr><td>{side}<td>{summary['counts'][side]}"
+        + "".join(f"<td>{values[side]:.4f}" for values in summary["kl_nats"].values())
+        for side in SIDES
+    )
+    heads = "".join(f"<th>KL of {html.escape(name)} (nats)" for name in summary["kl_nats"])
+    return (
+        "<!doctype html><meta charset=utf-8><title>split</title><style>body{font:15px system-ui;margin:2em}"
+        "td,th{padding:.3em 1em;border-bottom:1px solid #ddd;text-align:left}</style><h1>Split</h1>"
+        f"<table><tr><th>side<th>examples{heads}</tr>{rows}</table>"
+        f"<p>{summary['duplicates']} exact duplicates, each beside its twin; {summary['removed_as_leak']} examples "
+        "left out of train and eval because the source's own test split holds them.</p>"
+    )
+
+
+def split(config: SplitConfig, inputs: Mapping[str, Artifact], context: Context) -> Result:
+    """Write `train`, `eval` and `test`.
+
+    Raises:
+        TuneyardError: a column to split by is missing.
+    """
+    rows = list(jsonl.read(inputs["examples"].path / "examples.jsonl"))
+    own_test = any(row["origin"]["part"] == "test" for row in rows)
+    sides: dict[str, list[dict[str, Any]]] = {side: [] for side in SIDES}
+    for row in rows:
+        sides[side_of(row, config, own_test)].append(row)
+    removed = _without_leaks(sides, config)
+    # The source's own test split has its own distribution, which is not ours to judge.
+    judged = [s for s in SIDES if not (own_test and s == "test")]
+    whole = _distributions([row for s in judged for row in sides[s]], config)
+    kl = {name: dict.fromkeys(SIDES, 0.0) for name in whole}
+    for side in judged:
+        parts = _distributions(sides[side], config)
+        for name in whole:
+            kl[name][side] = kl_nats(parts.get(name, {}), whole[name])
+    summary: dict[str, Any] = {
+        "counts": {side: len(sides[side]) for side in SIDES},
+        "removed_as_leak": len(removed),
+        "duplicates": len(rows) - len({row["id"] for row in rows}),
+        "own_test": own_test,
+        "kl_nats": kl,
+        "kl_by_chance": {
+            name: {s: explained_by_chance(len(whole[name]), len(sides[s])) for s in judged} for name in whole
+        },
+    }
+    dataset_type = inputs["examples"].manifest.metadata["dataset_type"]
+    metadata: dict[str, dict[str, Any]] = {}
+    for side in SIDES:
+        jsonl.write(context.out / side / "examples.jsonl", sides[side])
+        metadata[side] = {"dataset_type": dataset_type, "count": len(sides[side]), "side": side}
+    jsonl.write(context.out / "train" / "removed_as_leak.jsonl", removed)
+    (context.out / "page.html").write_text(_page(summary))
+    stop, todo = _judge(summary, config)
+    return Result(
+        kinds=dict.fromkeys(SIDES, "dataset"),
+        metadata=metadata,
+        metrics={f"examples_{side}": len(sides[side]) for side in SIDES}
+        | {f"kl_{name}_{side}": kl[name][side] for name in kl for side in judged},
+        summary=summary,
+        page=context.out / "page.html",
+        stop=stop,
+        stop_todo=todo,
+    )
+
+
+def _judge(summary: Mapping[str, Any], config: SplitConfig) -> tuple[str, str]:
+    faults = [f"{side} has no example" for side in SIDES if not summary["counts"][side]]
+    if not faults:
+        faults = [
+            f"KL of {name} between {side} and the whole is {value:.3f} nats, over {config.max_kl_nats}"
+            for name, values in summary["kl_nats"].items()
+            for side, value in values.items()
+            if value > max(config.max_kl_nats, summary["kl_by_chance"][name].get(side, 0.0))
+        ]
+    if not faults:
+        return "", ""
+    counts = ", ".join(f"{side} {summary['counts'][side]}" for side in SIDES)
+    todo = "add examples (small sides differ by chance), try another split.seed, or raise split.max_kl_nats"
+    return f"split ({counts}): " + "; ".join(faults), todo

@@ -1,0 +1,122 @@
+"""Checkpoints that are complete or absent, and hold everything a resume needs; no pickle in them.
+
+A checkpoint is a folder `step-N`: trainable weights, optimizer moments and random state as safetensors, the
+rest as JSON. It is written aside, synced and renamed, so that a folder of that name is a whole one.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from components.shared import digest
+
+log = logging.getLogger("tuneyard.train")
+
+
+def trainable(model: Any) -> dict[str, Any]:
+    """The weights that move, by name."""
+    return {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
+
+
+def copy_weights(model: Any) -> dict[str, Any]:
+    """A copy of the weights that move, on the CPU."""
+    return {name: weight.detach().to("cpu", copy=True) for name, weight in trainable(model).items()}
+
+
+def restore_weights(model: Any, weights: Mapping[str, Any]) -> None:
+    """Put copied weights back."""
+    import torch
+
+    with torch.no_grad():
+        for name, weight in trainable(model).items():
+            weight.copy_(weights[name])
+
+
+def save(folder: Path, step: int, model: Any, optimizer: Any, best: Mapping[str, Any], state: Any, keep: int) -> None:
+    """Write the checkpoint of a step and delete the oldest beyond `keep`.
+
+    Args:
+        folder: of all checkpoints of this run.
+        step: optimizer updates done.
+        model: its trainable weights are saved.
+        optimizer: AdamW; its moments are saved.
+        best: weights of the best evaluation so far; may be empty.
+        state: JSON value: history, best loss, patience used.
+        keep: how many checkpoints stay.
+    """
+    import torch
+    from safetensors.torch import save_file
+
+    aside = folder / f".step-{step}"
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    weights = trainable(model)
+    moments = {
+        f"{name}/{key}": value.contiguous()
+        for name, weight in weights.items()
+        for key, value in optimizer.state[weight].items()
+    }
+    random_state = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        random_state["cuda"] = torch.cuda.get_rng_state()
+    parts = {"weights": copy_weights(model), "moments": moments, "random": random_state, "best": dict(best)}
+    for name, tensors in parts.items():
+        if tensors:
+            save_file(tensors, aside / f"{name}.safetensors")
+    files = {path.name: digest.of_file(path) for path in sorted(aside.iterdir())}
+    (aside / "state.json").write_text(json.dumps({"step": step, "state": state, "files": files}))
+    for path in aside.iterdir():
+        with path.open("rb") as stream:
+            os.fsync(stream.fileno())
+    os.replace(aside, folder / f"step-{step}")
+    for old in _steps(folder)[keep:]:
+        shutil.rmtree(old)
+
+
+def _steps(folder: Path) -> list[Path]:
+    found = [p for p in folder.glob("step-*") if p.name[5:].isdigit()] if folder.exists() else []
+    return sorted(found, key=lambda p: -int(p.name[5:]))
+
+
+def newest(folder: Path) -> tuple[Path, dict[str, Any]] | None:
+    """The newest whole checkpoint and its state, or None. A damaged one is named and passed over."""
+    for path in _steps(folder):
+        try:
+            state = json.loads((path / "state.json").read_text())
+            bad = [name for name, sha in state["files"].items() if digest.of_file(path / name) != sha]
+        except (OSError, ValueError, KeyError) as error:
+            bad = [f"state.json ({error})"]
+        if not bad:
+            return path, state
+        log.warning("checkpoint %s is damaged (%s); trying the one before it", path, ", ".join(bad))
+    return None
+
+
+def load(path: Path, model: Any, optimizer: Any) -> dict[str, Any]:
+    """Restore weights, moments and random state. Returns the weights of the best evaluation so far."""
+    import torch
+    from safetensors.torch import load_file
+
+    restore_weights(model, load_file(path / "weights.safetensors"))
+    moments: dict[str, dict[str, Any]] = {}
+    if (path / "moments.safetensors").exists():
+        for name, value in load_file(path / "moments.safetensors").items():
+            weight, key = name.rsplit("/", 1)
+            moments.setdefault(weight, {})[key] = value
+    for name, weight in trainable(model).items():
+        if name in moments:
+            optimizer.state[weight] = {
+                key: value if key == "step" else value.to(weight.device) for key, value in moments[name].items()
+            }
+    states = load_file(path / "random.safetensors")
+    torch.set_rng_state(states["cpu"])
+    if "cuda" in states and torch.cuda.is_available():
+        torch.cuda.set_rng_state(states["cuda"])
+    best = path / "best.safetensors"
+    return dict(load_file(best)) if best.exists() else {}

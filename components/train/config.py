@@ -1,0 +1,113 @@
+"""Settings of the train stage: the objective is one axis, the adapter another."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from components.shared.settings import Settings
+
+
+class LoraAdapter(Settings):
+    """Low-rank adaptation: W + (alpha / rank) B A (Hu et al. 2021, arXiv:2106.09685).
+
+    Args:
+        rank: of A and B.
+        alpha: scale; 2 x rank is a common choice.
+        dropout: on the adapter's input, in training.
+    """
+
+    kind: Literal["lora"]
+    rank: int = Field(16, ge=1)
+    alpha: float = Field(32.0, gt=0)
+    dropout: float = Field(0.1, ge=0, lt=1)
+
+
+class FullAdapter(Settings):
+    """No adapter: every weight moves."""
+
+    kind: Literal["full"]
+
+
+class EarlyStopping(Settings):
+    """Stop when the eval loss has not fallen by `min_delta` nats for `patience` evaluations in a row."""
+
+    patience: int = Field(5, ge=1)
+    min_delta: float = Field(0.001, ge=0)
+
+
+class TrainConfig(Settings):
+    """How the model is fitted.
+
+    Args:
+        objective: `sft` (loss on the assistant's answers) or `classification`.
+        base_model: s3:// prefix, local folder or Hugging Face id.
+        revision: of a Hugging Face id.
+        adapter: which weights move; absent: lora for sft, full for classification.
+        epochs: passes over train; not beside max_steps.
+        max_steps: optimizer updates; not beside epochs.
+        learning_rate: peak, reached after warm-up. None: 2e-4 for lora, 2e-5 for full.
+        min_learning_rate: where the cosine ends.
+        warmup_fraction: of all steps, 0-1.
+        per_device_batch_size: examples in one forward pass.
+        gradient_accumulation_steps: forward passes in one optimizer update.
+        weight_decay: of AdamW, on matrices only.
+        max_grad_norm: gradients are clipped to this global norm.
+        label_smoothing: 0-1.
+        max_length: tokens of an example.
+        over_length: what happens to a longer one: `drop` it, `truncate_prompt` from its left (an answer is
+            never cut), or stop with an `error`. Each is counted with its origin.
+        max_over_length: largest fraction (0-1) of train that may be dropped or cut.
+        precision: `auto` is bfloat16 where the processor computes in it, else float32.
+        gradient_checkpointing: trade a third more arithmetic for activation memory.
+        early_stopping: see EarlyStopping; null switches it off.
+        eval_steps: optimizer updates between evaluations on eval; None: ten times in the run.
+        checkpoint_steps: optimizer updates between checkpoints.
+        keep_checkpoints: how many are kept.
+        eval_examples: how many examples of eval are judged each time, the first by id.
+        seed: of data order, initialisation and dropout.
+    """
+
+    objective: Literal["sft", "classification"]
+    base_model: str
+    revision: str = "main"
+    adapter: Annotated[LoraAdapter | FullAdapter, Field(discriminator="kind")]
+    epochs: float | None = Field(None, gt=0)
+    max_steps: int | None = Field(None, ge=1)
+    learning_rate: float | None = Field(None, gt=0)
+    min_learning_rate: float = Field(1e-6, ge=0)
+    warmup_fraction: float = Field(0.1, ge=0, le=1)
+    per_device_batch_size: int = Field(8, ge=1)
+    gradient_accumulation_steps: int = Field(1, ge=1)
+    weight_decay: float = Field(0.01, ge=0)
+    max_grad_norm: float = Field(1.0, gt=0)
+    label_smoothing: float = Field(0.0, ge=0, lt=1)
+    max_length: int = Field(512, ge=8)
+    over_length: Literal["drop", "truncate_prompt", "error"] = "drop"
+    max_over_length: float = Field(0.05, ge=0, le=1)
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    gradient_checkpointing: bool = False
+    early_stopping: EarlyStopping | None = EarlyStopping()
+    eval_steps: int | None = Field(None, ge=1)
+    eval_examples: int = Field(64, ge=1)
+    checkpoint_steps: int = Field(50, ge=1)
+    keep_checkpoints: int = Field(3, ge=1)
+    seed: int = 42
+
+    def external_uris(self) -> list[str]:
+        """The base model."""
+        return [self.base_model]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _usual_adapter(cls, raw: Any) -> Any:
+        if isinstance(raw, dict) and raw.get("adapter") is None:
+            return {**raw, "adapter": {"kind": "lora" if raw.get("objective") == "sft" else "full"}}
+        return raw
+
+    @model_validator(mode="after")
+    def _length_of_run(self) -> TrainConfig:
+        if self.epochs is not None and self.max_steps is not None:
+            raise ValueError(f"epochs ({self.epochs}) and max_steps ({self.max_steps}) cannot both be set; drop one")
+        return self

@@ -1,0 +1,126 @@
+"""Examples as token ids, the token ledger, and the order of batches."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from components.shared.errors import StageStopped
+from components.train.config import TrainConfig
+
+# Micro-batches are cut from examples sorted by length within this many optimizer updates: little padding,
+# and still a random order.
+_SORTED_STEPS = 8
+
+
+@dataclass
+class Ledger:
+    """What became of every example and its tokens; the counts add up to what came in.
+
+    Args:
+        counts: `kept`, `cut`, `dropped` -> examples.
+        tokens: `kept`, `removed` -> tokens.
+        rows: one for each example that was not kept whole: id, origin, action, tokens, max_length.
+    """
+
+    counts: Counter[str] = field(default_factory=Counter)
+    tokens: Counter[str] = field(default_factory=Counter)
+    rows: list[dict[str, Any]] = field(default_factory=list)
+
+    def note(self, example: Mapping[str, Any], action: str, before: int, after: int, limit: int) -> None:
+        """Account for one example: `before` tokens came, `after` stay."""
+        self.counts[action] += 1
+        self.tokens["kept"] += after
+        self.tokens["removed"] += before - after
+        if action != "kept":
+            row = {"id": example["id"], "origin": example["origin"], "action": action}
+            self.rows.append(row | {"tokens": before, "max_length": limit})
+
+
+def fit_lengths(
+    rows: Iterable[Mapping[str, Any]],
+    encode: Callable[[Mapping[str, Any]], Any],
+    shorten: Callable[[Any, int], Any | None],
+    config: TrainConfig,
+) -> tuple[list[Any], Ledger]:
+    """Encode examples under the over-length policy.
+
+    Args:
+        rows: examples.
+        encode: example -> encoded, with a length in tokens.
+        shorten: (encoded, max_length) -> encoded that fits, or None where only the answer would have to give.
+        config: max_length, over_length, max_over_length.
+
+    Returns:
+        The encoded examples that remain, and the ledger.
+
+    Raises:
+        StageStopped: policy `error` met a long example, or more than `max_over_length` of them were touched.
+    """
+    ledger, kept = Ledger(), []
+    for row in rows:
+        encoded = encode(row)
+        before = len(encoded)
+        action = "kept"
+        if before > config.max_length:
+            short = shorten(encoded, config.max_length) if config.over_length == "truncate_prompt" else None
+            encoded, action = (short, "cut") if short is not None else (None, "dropped")
+        ledger.note(row, action, before, len(encoded) if encoded is not None else 0, config.max_length)
+        if encoded is not None:
+            kept.append(encoded)
+    touched, total = len(ledger.rows), sum(ledger.counts.values())
+    first = [f"{r['origin']['file']}:{r['origin']['line']} ({r['tokens']} tokens)" for r in ledger.rows[:5]]
+    if touched and (config.over_length == "error" or touched > config.max_over_length * total):
+        allowed = 0 if config.over_length == "error" else config.max_over_length
+        raise StageStopped(
+            f"{touched} of {total} examples ({touched / total:.1%}) are longer than train.max_length "
+            f"{config.max_length} tokens, allowed {allowed:.1%} under over_length {config.over_length}: {', '.join(first)}",
+            "raise train.max_length, choose train.over_length (drop, truncate_prompt), or train.max_over_length",
+        )
+    return kept, ledger
+
+
+def total_steps(examples: int, config: TrainConfig) -> int:
+    """Optimizer updates of the whole run; a last partial group counts as one."""
+    if config.max_steps is not None:
+        return config.max_steps
+    per_step = config.per_device_batch_size * config.gradient_accumulation_steps
+    epochs = config.epochs if config.epochs is not None else 3.0
+    return max(1, math.ceil(examples * epochs / per_step))
+
+
+def schedule_batches(lengths: Sequence[int], config: TrainConfig) -> list[list[list[int]]]:
+    """The micro-batches of every optimizer update, decided before the first: a resume needs only a number.
+
+    Args:
+        lengths: tokens of each training example.
+        config: batch sizes, epochs or max_steps, seed.
+
+    Returns:
+        [update][micro-batch] -> indices of examples. In each epoch every example comes up once.
+    """
+    per_step = config.per_device_batch_size * config.gradient_accumulation_steps
+    wanted = total_steps(len(lengths), config)
+    steps: list[list[list[int]]] = []
+    epoch = 0
+    while len(steps) < wanted:
+        order = random.Random(f"{config.seed}/{epoch}")
+        indices = list(range(len(lengths)))
+        order.shuffle(indices)
+        groups: list[list[list[int]]] = []
+        for start in range(0, len(indices), per_step * _SORTED_STEPS):
+            window = sorted(indices[start : start + per_step * _SORTED_STEPS], key=lambda i: lengths[i])
+            groups += [_micro_batches(window[a : a + per_step], config) for a in range(0, len(window), per_step)]
+        order.shuffle(groups)
+        steps += groups
+        epoch += 1
+    return steps[:wanted]
+
+
+def _micro_batches(indices: Sequence[int], config: TrainConfig) -> list[list[int]]:
+    size = config.per_device_batch_size
+    return [list(indices[start : start + size]) for start in range(0, len(indices), size)]

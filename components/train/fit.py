@@ -1,0 +1,197 @@
+"""The loop: updates, evaluations on eval, early stopping, checkpoints."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from components.shared import causal
+from components.shared.errors import TuneyardError
+from components.shared.progress import Progress
+from components.train import checkpoint
+from components.train.config import TrainConfig
+from components.train.data import schedule_batches
+from components.train.objectives import Objective
+
+log = logging.getLogger("tuneyard.train")
+
+
+@dataclass
+class Fit:
+    """How a fit went: `history` has a row for each update, with eval_loss where it was evaluated."""
+
+    history: list[dict[str, float]] = field(default_factory=list)
+    best_loss: float = math.inf
+    best_step: int = 0
+    stale: int = 0
+    stopped_early: bool = False
+
+
+def learning_rate(step: int, steps: int, config: TrainConfig) -> float:
+    """Rate of update `step` (from 0): linear warm-up, then a cosine down to min_learning_rate.
+
+    The peak is reached on the last update of the warm-up (Loshchilov and Hutter 2017, arXiv:1608.03983).
+    """
+    peak = peak_rate(config)
+    warmup = max(1, round(steps * config.warmup_fraction)) if config.warmup_fraction else 0
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    progress = (step - warmup) / max(1, steps - warmup)
+    floor = min(config.min_learning_rate, peak)
+    return floor + (peak - floor) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def peak_rate(config: TrainConfig) -> float:
+    """The learning rate of the settings, or the usual one of the adapter."""
+    return config.learning_rate or {"lora": 2e-4, "full": 2e-5}[config.adapter.kind]
+
+
+def make_optimizer(model: Any, config: TrainConfig) -> Any:
+    """AdamW (arXiv:1711.05101) with weight decay on matrices, none on biases and norms."""
+    import torch
+
+    weights = list(checkpoint.trainable(model).values())
+    groups = [
+        {"params": [w for w in weights if w.ndim > 1], "weight_decay": config.weight_decay},
+        {"params": [w for w in weights if w.ndim <= 1], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW([g for g in groups if g["params"]], lr=peak_rate(config))
+
+
+def autocast(precision: causal.Precision) -> Any:
+    """bfloat16 arithmetic over float32 weights, or nothing."""
+    import torch
+
+    if precision == "float32":
+        return contextlib.nullcontext()
+    return torch.autocast(causal.device().type, dtype=torch.bfloat16)
+
+
+def eval_loss(objective: Objective, encoded: Sequence[Any], config: TrainConfig, precision: causal.Precision) -> float:
+    """Mean loss in nats over the terms of these examples."""
+    import torch
+
+    objective.model.eval()
+    total = 0.0
+    budget = config.per_device_batch_size * config.max_length
+    with torch.inference_mode(), autocast(precision):
+        for indices in causal.by_length([len(e) for e in encoded], budget):
+            total += float(objective.summed_loss([encoded[i] for i in indices], 0.0))
+    objective.model.train()
+    return total / sum(map(objective.terms, encoded))
+
+
+def fit(
+    objective: Objective,
+    train: Sequence[Any],
+    evaluation: Sequence[Any],
+    config: TrainConfig,
+    precision: causal.Precision,
+    folder: Path,
+    report: Callable[[list[dict[str, float]]], None],
+) -> Fit:
+    """Fit the model; at the end it holds the weights of the best evaluation.
+
+    Args:
+        objective: with its model, adapter applied.
+        train: encoded examples.
+        evaluation: encoded examples, judged while fitting.
+        config: settings.
+        precision: to compute in.
+        folder: for checkpoints; the newest whole one in it is gone on from.
+        report: receives new rows of the history now and then.
+
+    Raises:
+        TuneyardError: the loss is not finite.
+    """
+    import torch
+
+    torch.manual_seed(config.seed)
+    steps = schedule_batches([len(e) for e in train], config)
+    optimizer = make_optimizer(objective.model, config)
+    state, best, start = Fit(), {}, 0
+    if found := checkpoint.newest(folder):
+        best = checkpoint.load(found[0], objective.model, optimizer)
+        state, start = Fit(**found[1]["state"]), found[1]["step"]
+        log.info("train: resuming after step %d of %d", start, len(steps))
+    every = config.eval_steps or max(1, math.ceil(len(steps) / 10))
+    progress = Progress("train", len(steps), "steps")
+    progress.resume_at(start)
+    objective.model.train()
+    began, tokens = time.monotonic(), 0
+    for number in range(start, len(steps)):
+        batches = [[train[i] for i in micro] for micro in steps[number]]
+        rate = learning_rate(number, len(steps), config)
+        loss, norm = _update(objective, batches, optimizer, rate, config, precision)
+        tokens += sum(len(e) for micro in batches for e in micro)
+        speed = tokens / (time.monotonic() - began)
+        row = {"step": number + 1, "loss": loss, "learning_rate": rate, "grad_norm": norm, "tokens_per_second": speed}
+        last = number + 1 == len(steps)
+        if (number + 1) % every == 0 or last:
+            row["eval_loss"] = eval_loss(objective, evaluation, config, precision)
+            best = _judge(state, row, objective, best, config)
+        state.history.append(row)
+        progress.advance(loss=f"{loss:.3f}", eval=f"{state.best_loss:.3f}", speed=f"{speed:.0f} tokens/s")
+        if state.stopped_early:
+            log.info("train: eval loss has not fallen by min_delta in %d evaluations; stopped early", state.stale)
+            break
+        if (number + 1) % config.checkpoint_steps == 0 and not last:
+            checkpoint.save(folder, number + 1, objective.model, optimizer, best, asdict(state), config.keep_checkpoints)
+            report(state.history)
+    checkpoint.restore_weights(objective.model, best)
+    report(state.history)
+    objective.model.eval()
+    return state
+
+
+def _judge(state: Fit, row: dict[str, float], objective: Objective, best: Any, config: TrainConfig) -> Any:
+    """Update best weights and patience after an evaluation. Returns the best weights."""
+    stopping = config.early_stopping
+    state.stale = 0 if row["eval_loss"] < state.best_loss - (stopping.min_delta if stopping else 0) else state.stale + 1
+    state.stopped_early = bool(stopping and state.stale >= stopping.patience)
+    if row["eval_loss"] >= state.best_loss:
+        return best
+    state.best_loss, state.best_step = row["eval_loss"], int(row["step"])
+    return checkpoint.copy_weights(objective.model)
+
+
+def _update(
+    objective: Objective,
+    batches: Sequence[Sequence[Any]],
+    optimizer: Any,
+    rate: float,
+    config: TrainConfig,
+    precision: causal.Precision,
+) -> tuple[float, float]:
+    """One optimizer update; the loss is the mean over all terms of all its micro-batches.
+
+    Each micro-batch divides its sum by the terms of the whole update, so k micro-batches give the gradient of
+    one batch however the terms are spread over them. Returns (loss in nats, gradient norm before clipping).
+    """
+    import torch
+
+    terms = sum(objective.terms(e) for micro in batches for e in micro)
+    loss = 0.0
+    for micro in batches:
+        with autocast(precision):
+            part = objective.summed_loss(micro, config.label_smoothing) / terms
+        part.backward()
+        loss += float(part.detach())
+    if not math.isfinite(loss):
+        raise TuneyardError(
+            f"train: the loss is {loss} at learning rate {rate:.2e} in {precision}",
+            "lower train.learning_rate, or set train.precision: float32",
+        )
+    weights = list(checkpoint.trainable(objective.model).values())
+    norm = float(torch.nn.utils.clip_grad_norm_(weights, config.max_grad_norm))
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return loss, norm

@@ -1,0 +1,224 @@
+"""Train: fit a base model to the train examples, watching eval, and describe what came out."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import random
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from components.shared import causal, jsonl, sources, tracking
+from components.shared.errors import StageStopped, TuneyardError
+from components.shared.modelcard import BaseModelRef, ModelCard
+from components.shared.stage import Artifact, Context, Result
+from components.train import checkpoint, curves
+from components.train.config import TrainConfig
+from components.train.data import Ledger, fit_lengths
+from components.train.fit import Fit, fit, peak_rate
+from components.train.objectives import Classification, Objective, Sft, apply_adapter, template_probe
+
+log = logging.getLogger("tuneyard.train")
+
+
+def _rows(artifact: Artifact) -> list[dict[str, Any]]:
+    return list(jsonl.read(artifact.path / "examples.jsonl"))
+
+
+def _seed(seed: int) -> None:
+    """Seed everything; on a GPU, choose reproducible kernels over the fastest ones."""
+    import numpy
+    import torch
+
+    random.seed(seed)
+    numpy.random.seed(seed)
+    torch.manual_seed(seed)
+    torch.backends.cudnn.deterministic = True
+    torch.backends.cudnn.benchmark = False
+
+
+def _open(config: TrainConfig, train: Sequence[Mapping[str, Any]], context: Context) -> Objective:
+    """The base model with its objective and adapter.
+
+    Raises:
+        StageStopped: a classification corpus with fewer than two labels.
+    """
+    folder = sources.model_folder(config.base_model, context.store, config.revision)
+    if config.objective == "sft":
+        precision = causal.preferred_precision(config.precision)
+        objective: Objective = Sft(folder, precision if config.adapter.kind == "lora" else "float32")
+    else:
+        labels = sorted({row["label"] for row in train})
+        if len(labels) < 2:
+            raise StageStopped(f"classification needs two labels or more; train has {labels}", "check ingest.columns")
+        objective = Classification(folder, labels)
+    apply_adapter(objective, config)
+    if config.gradient_checkpointing:
+        objective.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        if hasattr(objective.model, "enable_input_require_grads"):
+            objective.model.enable_input_require_grads()
+    return objective
+
+
+def _known_labels(rows: Sequence[dict[str, Any]], objective: Objective) -> list[dict[str, Any]]:
+    """Rows of eval whose label train has; another label cannot be scored and is named."""
+    if not isinstance(objective, Classification):
+        return list(rows)
+    unknown = sorted({row["label"] for row in rows} - set(objective.labels))
+    if unknown:
+        log.warning("train: labels %s occur in eval and not in train; those examples are not judged", unknown)
+    return [row for row in rows if row["label"] in objective.labels]
+
+
+def _weight_counts(objective: Objective, config: TrainConfig) -> tuple[int, int]:
+    """(trainable, all) weights, after asserting that what the adapter promises is what moves.
+
+    Raises:
+        TuneyardError: LoRA would train more than a tenth of the weights, or full fine-tuning not all.
+    """
+    weights = checkpoint.trainable(objective.model)
+    moving = sum(weight.numel() for weight in weights.values())
+    total = sum(weight.numel() for weight in objective.model.parameters())
+    if config.adapter.kind == "full" and moving != total:
+        raise TuneyardError(f"full fine-tuning would move {moving:,} of {total:,} weights", "report this model class")
+    if config.adapter.kind == "lora":
+        # A classifier's head is new, so it moves whole beside the adapter.
+        foreign = [name for name in weights if "lora_" not in name and "modules_to_save" not in name]
+        if foreign or not weights:
+            raise TuneyardError(
+                f"LoRA would move {len(weights)} tensors, {len(foreign)} of them of the base itself: {foreign[:5]}",
+                "set train.adapter: {kind: full} if that is meant",
+            )
+        if moving > total // 10:
+            log.warning("train: LoRA of rank %d moves %.0f%% of this small model", config.adapter.rank, 100 * moving / total)
+    return moving, total
+
+
+def _save(objective: Objective, config: TrainConfig, card: ModelCard, context: Context) -> None:
+    """Write the model folder: an adapter for a causal LoRA, else whole weights."""
+    folder = context.out / "model"
+    model = objective.model
+    if card.task == "classification" and config.adapter.kind == "lora":
+        model = model.merge_and_unload()
+    model.save_pretrained(folder)
+    # PEFT writes a page of empty headings.
+    (folder / "README.md").unlink(missing_ok=True)
+    objective.tokenizer.save_pretrained(folder)
+    card.write(folder)
+
+
+def _track(config: TrainConfig, context: Context, inputs: Mapping[str, Artifact], facts: dict[str, Any]) -> str:
+    settings = {k: v for k, v in config.model_dump(mode="json").items() if not isinstance(v, dict)}
+    settings |= {f"adapter.{k}": v for k, v in config.adapter.model_dump().items()}
+    digests = {f"digest.{name}": artifact.manifest.digest for name, artifact in inputs.items()}
+    tags = {"tuneyard.run": context.run, "tuneyard.key": context.key} | digests
+    return tracking.start_run(context.pipeline, context.run, settings | facts, tags)
+
+
+def _fit_tracked(
+    objective: Objective, sides: Mapping[str, list[Any]], config: TrainConfig, context: Context, run_id: str
+) -> Fit:
+    """Fit with curves and system metrics in MLflow; the MLflow run says how it ended."""
+    logged = 0
+
+    def report(history: list[dict[str, float]]) -> None:
+        nonlocal logged
+        tracking.log_history(run_id, history[logged:])
+        logged = len(history)
+
+    ended = "FAILED"
+    try:
+        with tracking.system_metrics(run_id):
+            precision = causal.preferred_precision(config.precision)
+            folder = context.work / "checkpoints"
+            result = fit(objective, sides["train"], sides["eval"], config, precision, folder, report)
+        ended = "FINISHED"
+    except KeyboardInterrupt:
+        ended = "KILLED"
+        raise
+    finally:
+        tracking.end_run(run_id, ended)
+    return result
+
+
+def _resumed_run(context: Context) -> str:
+    """The MLflow run of an attempt that was cut off, so that its curve goes on; empty for none."""
+    note = context.work / "mlflow_run"
+    return note.read_text() if note.exists() and checkpoint.newest(context.work / "checkpoints") else ""
+
+
+def train(config: TrainConfig, inputs: Mapping[str, Artifact], context: Context) -> Result:
+    """Write `model` (an adapter or whole weights, with its card) and `ledger` (rows cut or dropped, history).
+
+    Raises:
+        StageStopped: too many examples are over-long, or there are too few labels.
+        TuneyardError: the loss is not finite, or other weights move than the adapter promises.
+    """
+    _seed(config.seed)
+    rows = {side: _rows(inputs[side]) for side in ("train", "eval")}
+    objective = _open(config, rows["train"], context)
+    rows["eval"] = sorted(_known_labels(rows["eval"], objective), key=lambda row: row["id"])[: config.eval_examples]
+    encoded, ledgers = {}, {}
+    for side in ("train", "eval"):
+        encoded[side], ledgers[side] = fit_lengths(rows[side], objective.encode, objective.shorten, config)
+        if not encoded[side]:
+            raise StageStopped(f"no example of {side} is left to use", "see train.max_length and train.over_length")
+    moving, total = _weight_counts(objective, config)
+    base = BaseModelRef(
+        uri=config.base_model,
+        fingerprint=sources.fingerprint(config.base_model, context.store, "model", config.revision),
+    )
+    facts = {"peak_learning_rate": peak_rate(config), "trainable_weights": moving, "total_weights": total}
+    run_id = _resumed_run(context) or _track(config, context, inputs, facts | {"base_fingerprint": base.fingerprint})
+    context.work.mkdir(parents=True, exist_ok=True)
+    (context.work / "mlflow_run").write_text(run_id)
+    log.info("train: %d examples, %d of %d weights move (%.2f%%)", len(encoded["train"]), moving, total, 100 * moving / total)
+    result = _fit_tracked(objective, encoded, config, context, run_id)
+    whole = config.adapter.kind == "full" or config.objective == "classification"
+    card = ModelCard(
+        task="causal-lm" if config.objective == "sft" else "classification",
+        layout="transformers" if whole else "peft",
+        base_model=base,
+        labels=list(objective.labels) if isinstance(objective, Classification) else [],
+        max_length_tokens=config.max_length,
+        template_probe=template_probe(objective, config),
+        trainable_weights=moving,
+        total_weights=total,
+        mlflow_run=run_id,
+    )
+    _save(objective, config, card, context)
+    return _describe(result, ledgers, card, context, run_id)
+
+
+def _describe(result: Fit, ledgers: Mapping[str, Ledger], card: ModelCard, context: Context, run_id: str) -> Result:
+    ledger = context.out / "ledger"
+    for side, kept in ledgers.items():
+        jsonl.write(ledger / f"{side}.jsonl", kept.rows)
+    jsonl.write(ledger / "history.jsonl", result.history)
+    page = context.out / "page.html"
+    page.write_text(curves.page(result.history, card, {s: dict(k.counts) for s, k in ledgers.items()}))
+    with contextlib.suppress(TuneyardError):
+        tracking.log_artifact_text(run_id, "training.html", page.read_text())
+    summary = {
+        "steps": len(result.history),
+        "best_step": result.best_step,
+        "stopped_early": result.stopped_early,
+        "examples": {side: dict(kept.counts) for side, kept in ledgers.items()},
+        "tokens": {side: dict(kept.tokens) for side, kept in ledgers.items()},
+        "trainable_weights": card.trainable_weights,
+        "total_weights": card.total_weights,
+        "mlflow_run": run_id,
+    }
+    return Result(
+        kinds={"model": "model", "ledger": "report"},
+        metadata={"model": json.loads(card.model_dump_json())},
+        metrics={
+            "train_loss": result.history[-1]["loss"],
+            "eval_loss": result.best_loss,
+            "tokens_per_second": result.history[-1]["tokens_per_second"],
+            "trainable_fraction": card.trainable_weights / card.total_weights,
+        },
+        summary=summary,
+        page=page,
+    )

@@ -1,0 +1,164 @@
+"""Examples as the table that expectations are written against: their fields, and measures of each row.
+
+A measure is a column that says about one row what only the whole corpus can tell (how many answers its
+prompt has, for one), so that an ordinary expectation can bound it and point at rows.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import unicodedata
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from components.shared import examples as dataset
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+Rows = Sequence[Mapping[str, Any]]
+
+# A pile of texts that end at exactly the same length is how an export with a column limit looks. Under 100
+# characters equal lengths are common; a pile is 1% of a file, and three times as high as any of the ten
+# lengths below it, which a corpus that happens to be even does not show.
+_LIMIT_CHARACTERS = 100
+_PILE_FRACTION = 0.01
+_PILE_ROWS = 5
+_PILE_TIMES = 3
+
+# What is left of a web page: tags of layout, and entities that nobody resolved.
+_MARKUP = re.compile(
+    r"</?(?:p|br|div|span|a|img|table|tr|td|th|ul|ol|li|strong|em|b|i|u|font|h[1-6])(?:\s+[a-z-]+\s*=[^<>]*)?\s*/?>"
+    r"|&(?:nbsp|lt|gt|amp|quot|ldquo|rdquo|#\d+);",
+    re.IGNORECASE,
+)
+
+
+def origin(row: Mapping[str, Any]) -> str:
+    """`file:line` of where an example (or a row in quarantine) was read."""
+    place = row.get("origin", row)
+    return f"{place.get('file', '?')}:{place.get('line', '?')}"
+
+
+def text_columns(dataset_type: str) -> tuple[str, ...]:
+    """The columns of a dataset type that hold prose, in reading order."""
+    return {
+        "prompt-completion": ("system", "prompt", "completion"),
+        "conversational": ("prompt", "completion"),
+        "labelled-text": ("text",),
+    }[dataset_type]
+
+
+def table(dataset_type: str, examples: Rows) -> pd.DataFrame:
+    """One row for each example, in order, index 0..n-1.
+
+    Columns: `id`, `part`, the dataset type's fields, its measures, and the columns that ingest kept (under
+    their own names, or `extra.<name>` where that name is taken).
+    """
+    import pandas as pd
+
+    columns: dict[str, list[Any]] = {
+        "id": [row.get("id") for row in examples],
+        "part": [row.get("origin", {}).get("part") for row in examples],
+    }
+    columns |= _labelled(examples) if dataset_type == "labelled-text" else _answered(dataset_type, examples)
+    for name in dict.fromkeys(name for row in examples for name in row.get("extra") or {}):
+        free = name if name not in columns else f"extra.{name}"
+        columns[free] = [(row.get("extra") or {}).get(name) for row in examples]
+    # object: pandas' own string type would hide a value that is no string.
+    return pd.DataFrame({name: pd.Series(values, dtype=_dtype(values)) for name, values in columns.items()})
+
+
+def _dtype(values: list[Any]) -> Any:
+    kinds = {type(value) for value in values}
+    return kinds.pop() if len(kinds) == 1 and kinds <= {int, float, bool} else object
+
+
+def _answered(dataset_type: str, examples: Rows) -> dict[str, list[Any]]:
+    if dataset_type == "conversational":
+        columns = _conversations(examples)
+        contexts = [json.dumps(_messages(row)[:-1], ensure_ascii=False, default=str) for row in examples]
+    else:
+        columns = _fields(dataset_type, examples)
+        contexts = [
+            json.dumps([row.get("system"), row.get("prompt")], ensure_ascii=False) for row in examples
+        ]
+    answers = [_text(answer) for answer in columns["completion"]]
+    prompts = len(set(contexts))
+    columns["answers_for_prompt"] = _distinct(contexts, answers)
+    columns["prompts_for_answer_fraction"] = [count / prompts for count in _distinct(answers, contexts)]
+    columns["completion_markup"] = [len(_MARKUP.findall(answer)) for answer in answers]
+    columns["completion_at_limit"] = _at_limit(answers, examples)
+    return columns
+
+
+def _fields(dataset_type: str, examples: Rows) -> dict[str, list[Any]]:
+    return {name: [row.get(name) for row in examples] for name in dataset.fields(dataset_type)}
+
+
+def _conversations(examples: Rows) -> dict[str, list[Any]]:
+    columns: dict[str, list[Any]] = {"roles": [], "prompt": [], "completion": [], "empty_messages": []}
+    for row in examples:
+        messages = _messages(row)
+        contents = [_text(message.get("content")) for message in messages]
+        columns["roles"].append(" ".join(str(message.get("role")) for message in messages))
+        columns["prompt"].append("\n".join(contents[:-1]))
+        columns["completion"].append(contents[-1] if contents else "")
+        columns["empty_messages"].append(sum(not content.strip() for content in contents))
+    return columns
+
+
+def _messages(row: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    found = row.get("messages")
+    return [m if isinstance(m, Mapping) else {} for m in found] if isinstance(found, list) else []
+
+
+def _labelled(examples: Rows) -> dict[str, list[Any]]:
+    columns = _fields("labelled-text", examples)
+    texts, labels = ([_text(value) for value in columns[name]] for name in ("text", "label"))
+    counts = Counter(labels)
+    largest = max(counts.values(), default=0)
+    columns["labels_for_text"] = _distinct(texts, labels)
+    columns["label_examples"] = [counts[label] for label in labels]
+    columns["label_imbalance"] = [largest / counts[label] for label in labels]
+    columns["label_spellings"] = _distinct([_folded(label) for label in labels], labels)
+    columns["text_at_limit"] = _at_limit(texts, examples)
+    return columns
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, str):
+        return value
+    return "" if value is None else json.dumps(value, ensure_ascii=False, default=str)
+
+
+def _folded(label: str) -> str:
+    return " ".join(unicodedata.normalize("NFKC", label).casefold().split())
+
+
+def _distinct(keys: Sequence[str], values: Sequence[str]) -> list[int]:
+    """For each row, how many distinct values its key has."""
+    found: dict[str, set[str]] = defaultdict(set)
+    for key, value in zip(keys, values, strict=True):
+        found[key].add(value)
+    return [len(found[key]) for key in keys]
+
+
+def _at_limit(texts: Sequence[str], examples: Rows) -> list[bool]:
+    """For each row, whether its text ends where suspiciously many of its file end: at the file's longest."""
+    files = [row.get("origin", {}).get("file", "") for row in examples]
+    of_file: dict[str, list[str]] = defaultdict(list)
+    for file, text in zip(files, texts, strict=True):
+        of_file[file].append(text)
+    limits = {file: _limit(found) for file, found in of_file.items()}
+    return [len(text) == limits[file] for file, text in zip(files, texts, strict=True)]
+
+
+def _limit(texts: list[str]) -> int | None:
+    lengths = Counter(len(text) for text in set(texts))
+    longest = max(lengths)
+    below = max(lengths[longest - step] for step in range(1, 11))
+    wanted = max(_PILE_ROWS, _PILE_FRACTION * len(texts), _PILE_TIMES * below)
+    return longest if longest >= _LIMIT_CHARACTERS and lengths[longest] >= wanted else None

@@ -1,0 +1,23 @@
+"""The validate stage as a KFP component."""
+
+from kfp import dsl
+from kfp.dsl import HTML, Dataset, Input, Metrics, Output
+
+
+@dsl.component(base_image="tuneyard/cpu:python", install_kfp_package=False)
+def validate(
+    config: str,
+    run: str,
+    examples: Input[Dataset],
+    quarantine: Input[Dataset],
+    report: Output[Dataset],
+    page: Output[HTML],
+    metrics: Output[Metrics],
+) -> None:
+    """Hold the examples against expectations and stop the line where one fails."""
+    from components.shared.stage import execute
+    from components.validate.config import ValidateConfig
+    from components.validate.validate import validate as verb
+
+    inputs = {"examples": examples, "quarantine": quarantine}
+    execute(verb, ValidateConfig, config, run, inputs, {"report": report}, page, metrics)

@@ -1,0 +1,254 @@
+"""The suite of each dataset type: what any honest corpus of it keeps, and why each threshold is what it is.
+
+Two severities. `fail` stops the line: training on it would teach a defect or break. `warn` is reported: a
+corpus may be like that on purpose, and its owner should know.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+from components.validate import columns
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+Severity = Literal["fail", "warn"]
+
+# Prose written by people has slips; 1% of rows is also what the quarantine budget forgives. A slip is still
+# listed with its file and line. Where one row breaks training or its meaning, nothing is forgiven.
+MOSTLY = 0.99
+# A test side of 15% holds one example of ten; below that no number of evaluate means anything.
+MIN_ROWS = 10
+# Longer than any answer or ruling: a lost quotation mark has swallowed the rest of a CSV file.
+MAX_CHARACTERS = 100_000
+MAX_LABEL_CHARACTERS = 200
+MAX_IMBALANCE = 10
+# With fewer, the test side has one or two, and the class's F1 is a coin toss.
+MIN_LABEL_EXAMPLES = 10
+# Tasks with a few fixed answers (LawBench's dispute focus: 0.23 of prompts share one) are legitimate, so this
+# warns; one answer for nine prompts of ten teaches a constant, which loss rewards.
+WARN_SHARED_ANSWER = 0.10
+MAX_SHARED_ANSWER = 0.90
+
+# U+FFFD is what a decoder writes for bytes it lost; then those bytes once more through GBK; then quotation
+# marks, accented letters and a byte order mark of UTF-8 that were read as Windows-1252 and saved again.
+DAMAGED = (
+    "\ufffd|\u951f\u65a4\u62f7|\u00e2\u20ac[\u2122\u0153\u02dc\u0161\u201c\u201d\u00a6\u00a2]"
+    "|\u00c3[\u0080-\u00bf]|\u00ef\u00bb\u00bf"
+)
+READABLE = r"[^\W_]"
+# Whole values that stand for "nobody filled this in", and the refusals of a chat bot that wrote the corpus.
+# A plain "none" or "无" is not here: it is the right answer of many extraction tasks.
+PLACEHOLDERS = (
+    r"(?i)^\W*(?:todo|tbd|fixme|xxx+|null|nan|undefined|object object|n/?a|placeholder|lorem ipsum.*)\W*$",
+    r"^\W*(?:略|暂无|待定|待补充|待填写|待完善|占位符?|此处填写.*)\W*$",
+    r"(?i)\bas an ai (?:language )?(?:model|assistant)\b",
+    r"作为(?:一个|一名)?\s?(?:AI|人工智能)\s?(?:语言)?(?:模型|助手)",
+)
+ROLES = r"^(?:system )?(?:user assistant )*user assistant$"
+
+
+@dataclass(frozen=True)
+class Expectation:
+    """One expectation and how to tell of it.
+
+    Args:
+        type: name in Great Expectations.
+        kwargs: its arguments.
+        meaning: what it expects, in a sentence.
+        severity: what a failure does.
+        show: columns to show of an example row; those it is about when empty.
+        together: example rows with the same value in this column are shown side by side.
+        source: `suite`, or `settings` for one of the pipeline file.
+    """
+
+    type: str
+    kwargs: Mapping[str, Any]
+    meaning: str
+    severity: Severity = "fail"
+    show: tuple[str, ...] = ()
+    together: str = ""
+    source: Literal["suite", "settings"] = "suite"
+    about: tuple[str, ...] = field(init=False)
+
+    def __post_init__(self) -> None:
+        names = (self.kwargs.get(key) for key in ("column", "column_A", "column_B"))
+        object.__setattr__(self, "about", (*(n for n in names if n), *self.kwargs.get("column_list", ())))
+
+
+def of(dataset_type: str, table: pd.DataFrame) -> list[Expectation]:
+    """The suite of a dataset type, for this table (see columns.table)."""
+    enough = Expectation(
+        "expect_table_row_count_to_be_between",
+        {"min_value": MIN_ROWS},
+        f"there are at least {MIN_ROWS} examples",
+    )
+    if table.empty:  # every other expectation would hold of nothing
+        return [enough]
+    present = [name for name in columns.text_columns(dataset_type) if table[name].notna().any()]
+    required = [name for name in columns.text_columns(dataset_type) if name != "system"]
+    found = [
+        enough,
+        *(e for name in required for e in _written(name, MAX_CHARACTERS)),
+        *map(_undamaged, present),
+    ]
+    if dataset_type == "labelled-text":
+        found += _labels(len(table))
+    else:
+        found += _answers() + (_turns() if dataset_type == "conversational" else [])
+    return [*found, _repeated(dataset_type)]
+
+
+def _written(name: str, longest: int) -> list[Expectation]:
+    one = {"column": name}
+    return [
+        Expectation("expect_column_values_to_not_be_null", one, f"every example has a {name}"),
+        Expectation(
+            "expect_column_values_to_be_of_type", {**one, "type_": "str"}, f"every {name} is a string"
+        ),
+        Expectation(
+            "expect_column_value_lengths_to_be_between",
+            {**one, "min_value": 1, "max_value": longest},
+            f"no {name} is empty, none longer than {longest:,} characters",
+        ),
+        Expectation(
+            "expect_column_values_to_match_regex",
+            {**one, "regex": READABLE, "mostly": MOSTLY},
+            f"a {name} holds at least a letter or a digit, not only blanks and punctuation",
+        ),
+    ]
+
+
+def _undamaged(name: str) -> Expectation:
+    return Expectation(
+        "expect_column_values_to_not_match_regex",
+        {"column": name, "regex": DAMAGED, "mostly": MOSTLY},
+        f"no {name} was damaged by a wrong encoding (U+FFFD and the like)",
+    )
+
+
+def _uncut(name: str, text: str) -> Expectation:
+    return Expectation(
+        "expect_column_values_to_be_in_set",
+        {"column": name, "value_set": [False]},
+        f"no pile of {text}s ends at exactly the longest length of its file, as where an export cuts them",
+        show=(text,),
+    )
+
+
+def _answers() -> list[Expectation]:
+    shared = "prompts_for_answer_fraction"
+    return [
+        Expectation(
+            "expect_column_values_to_not_match_regex_list",
+            {"column": "completion", "regex_list": list(PLACEHOLDERS), "mostly": MOSTLY},
+            "no completion is a placeholder or a chat bot's refusal",
+        ),
+        Expectation(
+            "expect_select_column_values_to_be_unique_within_record",
+            {"column_list": ["prompt", "completion"], "mostly": MOSTLY},
+            "no completion just repeats its prompt",
+        ),
+        Expectation(
+            "expect_column_values_to_be_between",
+            {"column": "answers_for_prompt", "max_value": 1, "mostly": MOSTLY},
+            "an identical prompt has one answer, not several that contradict each other",
+            show=("prompt", "completion"),
+            together="prompt",
+        ),
+        Expectation(
+            "expect_column_values_to_be_between",
+            {"column": shared, "max_value": WARN_SHARED_ANSWER},
+            f"no answer is given to more than {WARN_SHARED_ANSWER:.0%} of the prompts",
+            severity="warn",
+            show=("completion", "prompt"),
+            together="completion",
+        ),
+        Expectation(
+            "expect_column_max_to_be_between",
+            {"column": shared, "max_value": MAX_SHARED_ANSWER},
+            f"the commonest answer is given to at most {MAX_SHARED_ANSWER:.0%} of the prompts",
+        ),
+        Expectation(
+            "expect_column_values_to_be_between",
+            {"column": "completion_markup", "max_value": 0},
+            "no completion holds tags or entities of a web page, which the model would learn to write",
+            severity="warn",
+            show=("completion",),
+        ),
+        _uncut("completion_at_limit", "completion"),
+    ]
+
+
+def _turns() -> list[Expectation]:
+    return [
+        Expectation(
+            "expect_column_values_to_match_regex",
+            {"column": "roles", "regex": ROLES},
+            "user and assistant take turns, after a system message or none, and the assistant ends",
+            show=("roles", "prompt"),
+        ),
+        Expectation(
+            "expect_column_values_to_be_between",
+            {"column": "empty_messages", "max_value": 0},
+            "no message of a conversation is empty",
+            show=("roles", "prompt", "completion"),
+        ),
+    ]
+
+
+def _labels(rows: int) -> list[Expectation]:
+    most = max(2, rows // 2)
+    readable = "expect_column_values_to_match_regex"
+    written = [
+        e for e in _written("label", MAX_LABEL_CHARACTERS) if e.type != readable
+    ]  # "+" and "-" are labels
+    return [
+        *written,
+        Expectation(
+            "expect_column_unique_value_count_to_be_between",
+            {"column": "label", "min_value": 2, "max_value": most},
+            f"there are at least 2 labels, and at most {most:,} (half the rows), else they are ids",
+        ),
+        Expectation(
+            "expect_column_values_to_be_between",
+            {"column": "label_spellings", "max_value": 1},
+            "no two labels differ in case, width or blanks alone",
+            show=("label",),
+        ),
+        Expectation(
+            "expect_column_values_to_be_between",
+            {"column": "labels_for_text", "max_value": 1, "mostly": MOSTLY},
+            "an identical text has one label, not several that contradict each other",
+            show=("text", "label"),
+            together="text",
+        ),
+        Expectation(
+            "expect_column_values_to_be_between",
+            {"column": "label_examples", "min_value": MIN_LABEL_EXAMPLES},
+            f"every label has at least {MIN_LABEL_EXAMPLES} examples",
+            severity="warn",
+            show=("label", "text"),
+        ),
+        Expectation(
+            "expect_column_max_to_be_between",
+            {"column": "label_imbalance", "max_value": MAX_IMBALANCE},
+            f"the largest label has at most {MAX_IMBALANCE} times the examples of the smallest",
+            severity="warn",
+        ),
+        _uncut("text_at_limit", "text"),
+    ]
+
+
+def _repeated(dataset_type: str) -> Expectation:
+    return Expectation(
+        "expect_column_values_to_be_unique",
+        {"column": "id"},
+        "no example occurs twice (split keeps copies on one side, yet they count double in training)",
+        severity="warn",
+        show=columns.text_columns(dataset_type)[-1:],
+        together="id",
+    )

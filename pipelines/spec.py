@@ -1,0 +1,249 @@
+"""PipelineSpec: what a pipeline file may say. Every fault of a file is reported at once, with its line."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import Field, ValidationError, model_validator
+
+from components.compress.config import CompressConfig
+from components.deploy.config import DeployConfig
+from components.evaluate.config import EvaluateConfig
+from components.ingest.config import IngestConfig
+from components.register.config import RegisterConfig
+from components.shared import examples
+from components.shared.errors import SpecError, UsageError
+from components.shared.settings import Settings
+from components.split.config import SplitConfig
+from components.train.config import TrainConfig
+from components.validate.config import ValidateConfig
+
+FOLDER = Path(__file__).resolve().parent
+
+
+class PipelineSpec(Settings):
+    """One pipeline. `compress`, `register` and `deploy` are stages only when their section is there.
+
+    Args:
+        name: of the pipeline, its MLflow experiment and, unless register says otherwise, its model.
+    """
+
+    name: str = Field(pattern=r"^[a-z][a-z0-9_-]{0,62}$")
+    ingest: IngestConfig
+    validation: ValidateConfig = Field(default_factory=ValidateConfig, alias="validate")
+    split: SplitConfig = SplitConfig()
+    train: TrainConfig
+    evaluate: EvaluateConfig = EvaluateConfig()
+    compress: CompressConfig | None = None
+    register_: RegisterConfig | None = Field(None, alias="register")
+    deploy: DeployConfig | None = None
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> PipelineSpec:
+        wanted = "labelled-text" if self.train.objective == "classification" else "prompt-completion or conversational"
+        if (self.ingest.format == "labelled-text") != (self.train.objective == "classification"):
+            raise ValueError(f"objective {self.train.objective} needs {wanted} data, ingest.format is {self.ingest.format}")
+        if self.deploy and not self.register_:
+            raise ValueError("deploy needs a register section: only a registered model is put in service")
+        return self
+
+    def stages(self) -> dict[str, Settings]:
+        """Stage name -> settings, for the stages this pipeline has, in order."""
+        every: dict[str, Settings | None] = {
+            "ingest": self.ingest,
+            "validate": self.validation,
+            "split": self.split,
+            "train": self.train,
+            "compress": self.compress,
+            "evaluate": self.evaluate,
+            "register": self.register_,
+            "deploy": self.deploy,
+        }
+        return {name: settings for name, settings in every.items() if settings is not None}
+
+    @property
+    def model_name(self) -> str:
+        """Name of the registered model."""
+        return (self.register_.name if self.register_ else None) or self.name
+
+    def resolved(self) -> dict[str, Any]:
+        """Every setting with its default filled in, as the pipeline file spells it."""
+        return self.model_dump(mode="json", by_alias=True)
+
+
+def names() -> list[str]:
+    """The pipelines that ship in pipelines/."""
+    return sorted(path.stem for path in FOLDER.glob("*.yaml"))
+
+
+def find(spec: str) -> Path:
+    """The file of a pipeline: a name in pipelines/, or a path.
+
+    Raises:
+        UsageError: there is none.
+    """
+    for path in (FOLDER / f"{spec}.yaml", Path(spec)):
+        if path.is_file():
+            return path
+    near = difflib.get_close_matches(spec, names(), 1)
+    hint = f"did you mean {near[0]}? " if near else ""
+    raise UsageError(f"no pipeline {spec!r}", f"{hint}there are {', '.join(names())}; or give the path of a YAML file")
+
+
+def load(spec: str, overrides: Sequence[str] = ()) -> PipelineSpec:
+    """Read, override and check a pipeline file.
+
+    Args:
+        spec: a name in pipelines/ or a path.
+        overrides: `section.key=value`, the value as YAML.
+
+    Raises:
+        UsageError: there is no such file.
+        SpecError: the file or an override has faults; lists them all.
+    """
+    path = find(spec)
+    raw, lines, faults = _parse(path)
+    faults += _override(raw, overrides)
+    if not isinstance(raw, dict):
+        raise SpecError(str(path), ["line 1: a pipeline file is a mapping of sections (name, ingest, train, ...)"])
+    _fill_in(raw)
+    try:
+        pipeline = PipelineSpec.model_validate(raw)
+    except ValidationError as error:
+        faults += [_sentence(fault, lines) for fault in error.errors()]
+    if faults:
+        raise SpecError(str(path), faults)
+    return pipeline
+
+
+def _parse(path: Path) -> tuple[Any, dict[tuple[str, ...], int], list[str]]:
+    """(plain values, key path -> line, faults) of a YAML file."""
+    lines: dict[tuple[str, ...], int] = {}
+    faults: list[str] = []
+    loader = yaml.SafeLoader(path.read_text(encoding="utf-8-sig", errors="replace"))
+
+    def build(node: yaml.Node, at: tuple[str, ...], depth: int) -> Any:
+        lines[at] = node.start_mark.line + 1
+        if depth > 20:
+            faults.append(f"line {lines[at]}: nested more than 20 deep")
+            return None
+        if isinstance(node, yaml.MappingNode):
+            found: dict[str, Any] = {}
+            for key_node, value_node in node.value:
+                key = str(loader.construct_object(key_node, deep=True))
+                if key in found:
+                    faults.append(f"line {key_node.start_mark.line + 1}: {'.'.join((*at, key))} stands twice; keep one")
+                found[key] = build(value_node, (*at, key), depth + 1)
+                lines[(*at, key)] = key_node.start_mark.line + 1
+            return found
+        if isinstance(node, yaml.SequenceNode):
+            return [build(item, (*at, str(i)), depth + 1) for i, item in enumerate(node.value)]
+        return loader.construct_object(node, deep=True)
+
+    try:
+        node = loader.get_single_node()
+        return (build(node, (), 0) if node is not None else None), lines, faults
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        mark = getattr(error, "problem_mark", None)
+        line = mark.line + 1 if mark else 1
+        problem = getattr(error, "problem", None) or str(error) or type(error).__name__
+        raise SpecError(str(path), [f"line {line}: not YAML: {problem}"]) from error
+    finally:
+        loader.dispose()
+
+
+def _override(raw: Any, overrides: Sequence[str]) -> list[str]:
+    """Put `section.key=value` into the raw values. Returns faults."""
+    faults = []
+    for override in overrides:
+        name, equals, value = override.partition("=")
+        keys = name.strip().split(".")
+        try:
+            parsed = yaml.safe_load(value)
+        except yaml.YAMLError:
+            parsed = value
+        if not equals or not all(keys):
+            faults.append(f"--set {override}: write section.key=value")
+            continue
+        into = raw
+        for key in keys[:-1]:
+            if isinstance(into, dict) and into.get(key) is None:
+                into[key] = {}
+            into = into.get(key) if isinstance(into, dict) else None
+        if isinstance(into, dict):
+            into[keys[-1]] = parsed
+        else:
+            faults.append(f"--set {override}: {'.'.join(keys[:-1])} is no section")
+    return faults
+
+
+def _fill_in(raw: dict[str, Any]) -> None:
+    """What one section says that another needs; the only place where sections meet."""
+    for optional in ("compress", "register", "deploy"):
+        if optional in raw:
+            raw[optional] = {} if raw[optional] in (None, True) else None if raw[optional] is False else raw[optional]
+    for section in ("validate", "split", "evaluate"):
+        if section in raw and raw[section] is None:
+            del raw[section]
+    ingest, train, split = (raw.get(s) if isinstance(raw.get(s), dict) else {} for s in ("ingest", "train", "split"))
+    if not ingest:
+        return
+    columns = ingest.get("columns") if isinstance(ingest.get("columns"), dict) else {}
+    if "format" not in ingest:
+        spoken = {*columns.keys(), *map(str, columns.values())}
+        classifies = train.get("objective") == "classification"
+        ingest["format"] = "labelled-text" if classifies else (
+            "conversational" if "messages" in spoken else "prompt-completion"
+        )
+    ingest["columns"] = _our_names_first(columns, ingest["format"])
+    if split.get("test_source"):
+        ingest["test_source"] = split["test_source"]
+    known = {*examples.REQUIRED.get(ingest["format"], ()), *examples.OPTIONAL.get(ingest["format"], ())}
+    wanted = [split[k] for k in ("stratify_by", "group_by") if isinstance(split.get(k), str)]
+    keep = list(ingest.get("keep") or [])
+    ingest["keep"] = keep + [column for column in wanted if column not in known and column not in keep]
+
+
+def _our_names_first(columns: Mapping[str, Any], dataset_type: Any) -> dict[str, Any]:
+    """`{field: column}`, also from `{column: field}`, which reads as naturally and means the same.
+
+    It is turned round only where no key and every value is a field, so there is no doubt which was meant.
+    """
+    if not isinstance(dataset_type, str) or dataset_type not in examples.REQUIRED:
+        return dict(columns)
+    known = set(examples.fields(dataset_type))
+    if columns and not known & set(columns) and all(isinstance(v, str) and v in known for v in columns.values()):
+        return {field: column for column, field in columns.items()}
+    return dict(columns)
+
+
+def _sentence(fault: Any, lines: Mapping[tuple[str, ...], int]) -> str:
+    """One pydantic error as `line N: section.key: what (value); did you mean ...`."""
+    at = tuple(str(part) for part in fault["loc"])
+    # Tags of unions are part of pydantic's path and not of the file's.
+    shown = tuple(p for i, p in enumerate(at) if not (i and at[i - 1] == "adapter" and p in ("lora", "full")))
+    line = next((lines[shown[:n]] for n in range(len(shown), -1, -1) if shown[:n] in lines), 1)
+    where = ".".join(shown) or "the file"
+    if fault["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(shown[-1], _siblings(shown[:-1]), 1, 0.5)
+        hint = f"; did you mean {near[0]}?" if near else f"; there are {', '.join(_siblings(shown[:-1]))}"
+        return f"line {line}: {where}: no such setting{hint}"
+    message = fault["msg"].removeprefix("Value error, ")
+    value = fault.get("input")
+    seen = f" (it is {value!r})" if fault["type"] not in ("missing", "value_error") and not isinstance(value, dict) else ""
+    return f"line {line}: {where}: {message}{seen}"
+
+
+def _siblings(section: tuple[str, ...]) -> list[str]:
+    """Names that a section may have."""
+    model: Any = PipelineSpec
+    for part in section:
+        fields = {f.alias or n: f.annotation for n, f in model.model_fields.items()} if model else {}
+        found = fields.get(part)
+        options = getattr(found, "__args__", (found,))
+        model = next((o for o in options if isinstance(o, type) and issubclass(o, Settings)), None)
+    return sorted(f.alias or n for n, f in model.model_fields.items()) if model else []

@@ -1,0 +1,212 @@
+"""Train: masks, batches, lengths, accumulation, resume."""
+
+from __future__ import annotations
+
+import math
+import random
+from types import SimpleNamespace
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from components.shared import causal, chat
+from components.shared.errors import StageStopped, TuneyardError
+from components.train import checkpoint
+from components.train.config import TrainConfig
+from components.train.data import fit_lengths, schedule_batches
+from components.train.fit import _update, fit, learning_rate, make_optimizer
+from components.train.objectives import Classification, Sft, apply_adapter
+
+ORIGIN = {"file": "corpus.jsonl", "line": 7, "part": "main"}
+
+
+def settings_for(**changes):
+    base = {"objective": "sft", "base_model": "s3://models/tiny", "max_length": 128, "precision": "float32"}
+    return TrainConfig(**(base | changes))
+
+
+def examples(count):
+    words = random.Random(0)
+    return [
+        {
+            "id": str(i),
+            "origin": ORIGIN,
+            "prompt": f"question {i} " * words.randint(1, 4),
+            "completion": f"合同 {i} " * words.randint(1, 5),
+        }
+        for i in range(count)
+    ]
+
+
+@pytest.fixture
+def sft(tiny_causal):
+    torch.manual_seed(0)
+    return Sft(tiny_causal, "float32")
+
+
+def test_only_answer_tokens_carry_loss(sft):
+    encoded = [sft.encode(row) for row in examples(3)]
+    labels = causal.pad(encoded, 0)["labels"]
+    for row, one in zip(labels.tolist(), encoded, strict=True):
+        assert [t for t in row if t != causal.IGNORED] == one.answer
+        assert row[: len(one.prompt)] == [causal.IGNORED] * len(one.prompt)
+        assert one.answer[-1] == sft.tokenizer.eos_token_id
+
+
+def test_loss_equals_transformers_on_the_same_labels(sft):
+    batch = causal.pad([sft.encode(row) for row in examples(4)], 0)
+    mine = [sft.encode(row) for row in examples(4)]
+    with torch.no_grad():
+        reference = sft.model(
+            input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], labels=batch["labels"]
+        ).loss
+        ours = sft.summed_loss(mine, 0.0) / sum(map(sft.terms, mine))
+    assert float(ours) == pytest.approx(float(reference), rel=1e-5)
+    assert sum(causal.answer_nats(sft.model, mine)) / causal.token_count(mine) == pytest.approx(float(ours), rel=1e-5)
+
+
+@pytest.mark.parametrize("sizes", [[6], [3, 3], [1, 5], [1] * 6])
+def test_accumulated_micro_batches_give_the_gradient_of_one_batch(tiny_causal, sizes):
+    encoded = None
+    gradients = []
+    for split in ([6], sizes):
+        sft = Sft(tiny_causal, "float32")
+        config = settings_for(adapter={"kind": "full"}, max_grad_norm=1e9, learning_rate=1e-3)
+        apply_adapter(sft, config)
+        encoded = [sft.encode(row) for row in examples(6)]
+        rest = iter(encoded)
+        optimizer = make_optimizer(sft.model, config)
+        optimizer.step = lambda: None
+        optimizer.zero_grad = lambda **_: None
+        _update(sft, [[next(rest) for _ in range(size)] for size in split], optimizer, 0.0, config, "float32")
+        gradients.append({n: p.grad.clone() for n, p in sft.model.named_parameters() if p.grad is not None})
+    for name, gradient in gradients[0].items():
+        # The same sums in another order and padding: float32 rounding only.
+        torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-4, atol=1e-6)
+
+
+@given(
+    st.lists(st.integers(1, 500), min_size=1, max_size=90),
+    st.integers(1, 7),
+    st.integers(1, 4),
+    st.integers(1, 3),
+)
+def test_every_example_comes_up_once_an_epoch_and_the_partial_group_is_not_dropped(lengths, size, accumulate, epochs):
+    config = settings_for(per_device_batch_size=size, gradient_accumulation_steps=accumulate, epochs=1)
+    steps = schedule_batches(lengths, config)
+    seen = [i for step in steps for micro in step for i in micro]
+    assert sorted(seen) == list(range(len(lengths)))
+    assert len(steps) == math.ceil(len(lengths) / (size * accumulate))
+    assert all(len(micro) <= size for step in steps for micro in step)
+    longer = settings_for(per_device_batch_size=size, gradient_accumulation_steps=accumulate, epochs=epochs)
+    assert schedule_batches(lengths, longer)[: len(steps)] == steps or epochs == 1 or len(lengths) % (size * accumulate)
+
+
+def test_over_long_examples_are_counted_and_an_answer_is_never_cut(sft):
+    rows = [*examples(20), {"id": "long", "origin": ORIGIN, "prompt": "a b c d " * 60, "completion": "合同"}]
+    rows.append({"id": "answer", "origin": ORIGIN, "prompt": "q", "completion": "合同" * 400})
+    config = settings_for(over_length="truncate_prompt", max_over_length=0.2)
+    kept, ledger = fit_lengths(rows, sft.encode, sft.shorten, config)
+    assert ledger.counts == {"kept": 20, "cut": 1, "dropped": 1}
+    assert len(kept) == 21 and max(map(len, kept)) <= 128
+    assert kept[-1].answer == sft.encode(rows[20]).answer
+    whole = sum(len(sft.encode(row)) for row in rows)
+    assert ledger.tokens["kept"] + ledger.tokens["removed"] == whole
+    assert {row["id"]: row["action"] for row in ledger.rows} == {"long": "cut", "answer": "dropped"}
+    for policy, allowed in (("error", 1.0), ("drop", 0.05)):
+        with pytest.raises(StageStopped, match=r"2 of 22 examples .*corpus.jsonl:7"):
+            fit_lengths(rows, sft.encode, sft.shorten, settings_for(over_length=policy, max_over_length=allowed))
+
+
+def test_learning_rate_warms_up_and_falls_to_its_floor():
+    config = settings_for(learning_rate=1e-3, min_learning_rate=1e-5, warmup_fraction=0.1)
+    rates = [learning_rate(step, 100, config) for step in range(100)]
+    assert rates[9] == pytest.approx(1e-3) and max(rates) == pytest.approx(1e-3)
+    assert rates[:10] == sorted(rates[:10]) and rates[10:] == sorted(rates[10:], reverse=True)
+    assert 1e-5 <= rates[-1] < 2e-5
+
+
+def _trained(tiny_causal, folder, config, crash_after=None, monkeypatch=None):
+    sft = Sft(tiny_causal, "float32")
+    torch.manual_seed(config.seed)
+    apply_adapter(sft, config)
+    encoded = [sft.encode(row) for row in examples(24)]
+    calls = {"n": 0}
+    if crash_after is not None:
+        original = sft.summed_loss
+
+        def counted(batch, smoothing):
+            calls["n"] += sft.model.training
+            if calls["n"] > crash_after:
+                raise KeyboardInterrupt
+            return original(batch, smoothing)
+
+        sft.summed_loss = counted
+    state = fit(sft, encoded[:20], encoded[20:], config, "float32", folder, lambda history: None)
+    return checkpoint.copy_weights(sft.model), state
+
+
+@pytest.mark.parametrize("crash_after", [3, 7, 12])
+def test_a_resumed_run_ends_with_the_very_weights_of_an_uninterrupted_one(tiny_causal, tmp_path, crash_after):
+    config = settings_for(epochs=3, per_device_batch_size=4, checkpoint_steps=3, eval_steps=5, learning_rate=1e-3)
+    whole, state = _trained(tiny_causal, tmp_path / "whole", config)
+    with pytest.raises(KeyboardInterrupt):
+        _trained(tiny_causal, tmp_path / "cut", config, crash_after)
+    resumed, again = _trained(tiny_causal, tmp_path / "cut", config)
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    assert [row["loss"] for row in again.history] == [row["loss"] for row in state.history]
+    assert state.history[-1]["loss"] < state.history[0]["loss"]
+
+
+def test_a_damaged_checkpoint_is_passed_over(tiny_causal, tmp_path, caplog):
+    config = settings_for(epochs=3, per_device_batch_size=4, checkpoint_steps=3, learning_rate=1e-3)
+    with pytest.raises(KeyboardInterrupt):
+        _trained(tiny_causal, tmp_path, config, 10)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["step-3", "step-6", "step-9"]
+    weights = tmp_path / "step-9" / "weights.safetensors"
+    raw = bytearray(weights.read_bytes())
+    raw[-1] ^= 1
+    weights.write_bytes(raw)
+    found = checkpoint.newest(tmp_path)
+    assert found and found[0].name == "step-6" and "step-9" in caplog.text
+
+
+def test_the_base_stays_as_it_was_under_lora(tiny_causal, tmp_path):
+    config = settings_for(epochs=1, learning_rate=1e-2)
+    sft = Sft(tiny_causal, "float32")
+    before = {n: p.clone() for n, p in sft.model.named_parameters()}
+    apply_adapter(sft, config)
+    encoded = [sft.encode(row) for row in examples(8)]
+    fit(sft, encoded, encoded, config, "float32", tmp_path, lambda history: None)
+    after = {n.replace("base_model.model.", "").replace(".base_layer", ""): p for n, p in sft.model.named_parameters()}
+    assert all(torch.equal(after[name], weight) for name, weight in before.items())
+    assert any("lora_B" in n and bool(p.abs().max() > 0) for n, p in sft.model.named_parameters())
+
+
+def test_a_loss_that_is_not_finite_stops_with_what_to_do():
+    broken = SimpleNamespace(
+        model=torch.nn.Linear(1, 1), terms=lambda e: 1, summed_loss=lambda b, s: torch.tensor(math.nan, requires_grad=True)
+    )
+    config = settings_for()
+    with pytest.raises(TuneyardError, match="nan at learning rate"):
+        _update(broken, [[1]], make_optimizer(broken.model, config), 1e-3, config, "float32")
+
+
+def test_classification_cuts_as_the_tokenizer_does(tiny_encoder):
+    objective = Classification(tiny_encoder, ["a", "b"])
+    encoded = objective.encode({"text": "the company said profit rose " * 20, "label": "b"})
+    ids = objective.tokenizer("the company said profit rose " * 20, truncation=True, max_length=32)["input_ids"]
+    assert objective.shorten(encoded, 32).ids == ids and encoded.label == 1
+
+
+def test_the_probe_tells_another_template(tiny_tokenizer):
+    import copy
+
+    tokenizer = chat.prepare(copy.deepcopy(tiny_tokenizer))
+    stored = chat.probe(tokenizer)
+    chat.verify_probe(tokenizer, stored, "here")
+    tokenizer.chat_template = chat.PLAIN_TEMPLATE.replace("'\\n'", "'  '")
+    with pytest.raises(TuneyardError, match="other token ids than in training, first at"):
+        chat.verify_probe(tokenizer, stored, "here")

@@ -1,0 +1,124 @@
+"""What the whole suite shares: one real object store, and models small enough to train in a second."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import uuid
+
+import pytest
+
+TEXTS = [
+    "根据《民法典》第一百八十八条，向人民法院请求保护民事权利的诉讼时效期间为三年。",
+    "The lessee shall pay the rent within the agreed time limit.",
+    "合同自成立时生效，法律另有规定的除外。Contracts take effect when they are formed.",
+    "profit rose to 12 mln dlrs vs 3 mln in the first quarter, the company said",
+]
+
+
+@pytest.fixture(scope="session")
+def store_env(tmp_path_factory):
+    """The embedded platform on free ports, and its environment; stopped at the end."""
+    from pipelines.embedded import platform
+
+    home = tmp_path_factory.mktemp("home")
+    patch = pytest.MonkeyPatch()
+    patch.setenv("TUNEYARD_HOME", str(home))
+    started = platform.up(home)
+    environment = platform.environment(started)
+    for name, value in environment.items():
+        patch.setenv(name, value)
+    yield environment
+    platform.down(home)
+    patch.undo()
+
+
+@pytest.fixture
+def store(store_env, tmp_path, monkeypatch):
+    """A store of this test alone, its cache and work folders under tmp_path."""
+    from components.shared.store import Store
+
+    monkeypatch.setenv("TUNEYARD_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("TUNEYARD_STORE", f"s3://tuneyard/test-{uuid.uuid4().hex[:12]}")
+    return Store.from_environment()
+
+
+@pytest.fixture
+def mlflow_store(store, tmp_path, tmp_path_factory, monkeypatch):
+    """`store`, and an MLflow database of its own, copied from one that was migrated once (5 s)."""
+    from components.shared import tracking
+
+    template = tmp_path_factory.getbasetemp() / "mlflow-template.db"
+    if not template.exists():
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{template}.new")
+        tracking.prepare()
+        os.replace(f"{template}.new", template)
+    shutil.copy(template, tmp_path / "mlflow.db")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'mlflow.db'}")
+    monkeypatch.setenv("TUNEYARD_MLFLOW_ARTIFACTS", "s3://mlflow")
+    return store
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer():
+    """A byte-level BPE tokenizer with 300 tokens, trained on four sentences."""
+    from tokenizers import ByteLevelBPETokenizer
+    from transformers import PreTrainedTokenizerFast
+
+    trained = ByteLevelBPETokenizer()
+    trained.train_from_iterator(TEXTS, vocab_size=300, special_tokens=["<pad>", "<bos>", "<eos>"], show_progress=False)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=trained._tokenizer, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>"
+    )
+
+
+@pytest.fixture(scope="session")
+def tiny_causal(tmp_path_factory, tiny_tokenizer):
+    """Folder of a random Gemma 3 with two layers."""
+    import torch
+    from transformers import Gemma3ForCausalLM, Gemma3TextConfig
+
+    torch.manual_seed(0)
+    config = Gemma3TextConfig(
+        vocab_size=len(tiny_tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=16,
+        max_position_embeddings=512,
+        sliding_window=64,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    folder = tmp_path_factory.mktemp("tiny-causal")
+    Gemma3ForCausalLM(config).save_pretrained(folder)
+    tiny_tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_encoder(tmp_path_factory):
+    """Folder of a random BERT with two layers and a word-piece tokenizer."""
+    import torch
+    from tokenizers import BertWordPieceTokenizer
+    from transformers import BertConfig, BertModel, BertTokenizerFast
+
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("tiny-encoder")
+    trained = BertWordPieceTokenizer()
+    trained.train_from_iterator(TEXTS, vocab_size=300, show_progress=False)
+    trained.save_model(str(folder))
+    BertTokenizerFast(vocab=str(folder / "vocab.txt")).save_pretrained(folder)
+    config = BertConfig(
+        vocab_size=trained.get_vocab_size(),
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=64,
+        max_position_embeddings=128,
+    )
+    BertModel(config).save_pretrained(folder)
+    return folder
