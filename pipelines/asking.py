@@ -29,12 +29,21 @@ def ask(url: str, model: str, question: str, system: str | None, max_tokens: int
         served = {m["id"]: m for m in client.get("/v1/models").raise_for_status().json()["data"]}
         if model not in served:
             names = ", ".join(sorted(served)) or "none"
-            raise TuneyardError(f"{model} is not in service; in service: {names}", "submit its pipeline first")
+            raise TuneyardError(
+                f"{model} is not in service; in service: {names}", "submit its pipeline first"
+            )
         if served[model]["task"] == "classification":
             _classify(client, model, question, as_json)
             return
-        messages = ([{"role": "system", "content": system}] if system else []) + [{"role": "user", "content": question}]
-        body: dict[str, Any] = {"model": model, "messages": messages, "max_tokens": max_tokens, "temperature": 0}
+        messages = ([{"role": "system", "content": system}] if system else []) + [
+            {"role": "user", "content": question}
+        ]
+        body: dict[str, Any] = {
+            "model": model,
+            "messages": messages,
+            "max_tokens": max_tokens,
+            "temperature": 0,
+        }
         if as_json:
             sys.stdout.write(_checked(client.post("/v1/chat/completions", json=body)).text + "\n")
             return
@@ -60,5 +69,7 @@ def _classify(client: Any, model: str, text: str, as_json: bool) -> None:
 
 def _checked(response: Any) -> Any:
     if response.status_code != 200:
-        raise TuneyardError(f"the model server answered {response.status_code}: {response.text[:300]}", "see tuneyard status")
+        raise TuneyardError(
+            f"the model server answered {response.status_code}: {response.text[:300]}", "see tuneyard status"
+        )
     return response

@@ -15,14 +15,18 @@ from components.shared.errors import EXIT_FAILED, EXIT_USAGE, TuneyardError, Usa
 app = typer.Typer(
     name="tuneyard",
     help="Turn a domain corpus and a base model into a fine-tuned model, and keep it in service.",
-    epilog="Exit codes: 0 done, 1 failed, 2 wrong usage or pipeline file, 3 stopped by a gate or a data check.",
+    epilog="Exit codes: 0 done, 1 failed, 2 wrong usage or file, 3 stopped by a gate or a data check.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
 
-Spec = Annotated[str, typer.Argument(help="A name in pipelines/ (sft_legal) or the path of any pipeline YAML.")]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output; the log goes to stderr.")]
+Spec = Annotated[
+    str, typer.Argument(help="A name in pipelines/ (sft_legal) or the path of any pipeline YAML.")
+]
+Json = Annotated[
+    bool, typer.Option("--json", help="Print one JSON object on standard output; the log goes to stderr.")
+]
 Set = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Override a setting; may be given again."),
@@ -38,7 +42,7 @@ def submit(
     set_: Set = None,
     as_json: Json = False,
 ) -> None:
-    """Run a pipeline: corpus in, registered and served model out. Stages that are done already are not repeated.
+    """Run a pipeline: corpus in, registered and served model out. What is done already is not repeated.
 
     Example: tuneyard submit sft_legal --set train.learning_rate=1e-4
     """
@@ -106,7 +110,10 @@ def up() -> None:
     from pipelines.embedded import platform
 
     started = platform.up(platform.home_dir())
-    typer.echo(f"S3 store      {started.s3_url}\nmodel server  {started.serving_url}\nMLflow        {started.mlflow_uri}")
+    typer.echo(
+        f"S3 store      {started.s3_url}\nmodel server  {started.serving_url}\n"
+        f"MLflow        {started.mlflow_uri}"
+    )
 
 
 @app.command()
@@ -130,7 +137,7 @@ def status(as_json: Json = False) -> None:
         typer.echo(json.dumps([asdict(service) for service in services], default=str, indent=1))
         return
     for service in services:
-        typer.echo(f"{service.name:8} {service.state:8} {service.url or ''} {f'pid {service.pid}' if service.pid else ''}")
+        typer.echo(f"{service.name:8} {service.state:8} {service.url or '':28} {service.pid or ''}")
 
 
 @app.command()
@@ -164,7 +171,7 @@ def runs(
 def promote(
     model: Model,
     version: Annotated[int | None, typer.Option(help="Version; the candidate when absent.")] = None,
-    why: Annotated[str, typer.Option(help="The reason, for the ledger.")] = "promoted by hand",
+    why: Annotated[str, typer.Option(help="The reason, for the ledger.")] = "",
     who: Who = None,
     force: Annotated[bool, typer.Option(help="Also when its verdict failed.")] = False,
     as_json: Json = False,
@@ -179,7 +186,7 @@ def promote(
 @app.command()
 def rollback(
     model: Model,
-    why: Annotated[str, typer.Option(help="The reason, for the ledger.")] = "rolled back by hand",
+    why: Annotated[str, typer.Option(help="The reason, for the ledger.")] = "",
     who: Who = None,
     as_json: Json = False,
 ) -> None:

@@ -31,7 +31,9 @@ def inputs_of(stage: str, spec: PipelineSpec) -> dict[str, tuple[str, str]]:
     return table[stage]
 
 
-def build(spec: PipelineSpec, run: str | None = None, done: Mapping[str, Mapping[str, str]] | None = None) -> Any:
+def build(
+    spec: PipelineSpec, run: str | None = None, done: Mapping[str, Mapping[str, str]] | None = None
+) -> Any:
     """The KFP pipeline of a spec.
 
     Args:
@@ -53,7 +55,9 @@ def build(spec: PipelineSpec, run: str | None = None, done: Mapping[str, Mapping
         for stage, settings in spec.stages().items():
             if stage in done:
                 for output, uri in done[stage].items():
-                    wanted = any((stage, output) in inputs_of(s, spec).values() for s in spec.stages() if s not in done)
+                    wanted = any(
+                        (stage, output) in inputs_of(s, spec).values() for s in spec.stages() if s not in done
+                    )
                     if wanted:
                         kind = dsl.Model if output in ("model", "compressed") else dsl.Dataset
                         artifacts[stage, output] = dsl.importer(artifact_uri=uri, artifact_class=kind).output
@@ -61,7 +65,7 @@ def build(spec: PipelineSpec, run: str | None = None, done: Mapping[str, Mapping
             component = getattr(importlib.import_module(f"components.{stage}.component"), stage)
             inputs = {name: artifacts[source] for name, source in inputs_of(stage, spec).items()}
             task = component(config=settings.model_dump_json(), run=run_facts, **inputs)
-            placement.place(task, stage)
+            placement.place(task, stage, on_cluster=run is None)
             for output in component.component_spec.outputs:
                 artifacts[stage, output] = task.outputs[output]
 

@@ -30,7 +30,9 @@ def plan(spec: PipelineSpec, store: Store) -> list[Planned]:
         sources = inputs_of(stage, spec)
         commit = None
         if all(source in digests for source in sources.values()):
-            key = stage_key(stage, settings, {name: digests[source] for name, source in sources.items()}, store)
+            key = stage_key(
+                stage, settings, {name: digests[source] for name, source in sources.items()}, store
+            )
             commit = read_commit(stage, key, settings, store)
         if commit:
             # manifests/<digest>.json

@@ -40,6 +40,14 @@ class Promotion:
     changed: bool
     in_service: bool
 
+    def __str__(self) -> str:
+        """One line for a person."""
+        now = "is now champion" if self.changed else "was champion already"
+        known = self.changed and self.previous_champion
+        before = f" (before: version {self.previous_champion})" if known else ""
+        served = "in service" if self.in_service else "not deployed yet"
+        return f"{self.name} version {self.version} {now}{before}, {served}"
+
 
 def promote(name: str, version: int | None, who: str, why: str, force: bool = False) -> Promotion:
     """Make a version champion, and put it in service where the model is deployed.
@@ -184,9 +192,8 @@ def _settle(version: registry.RegisteredVersion, entry: Entry | None, store: Sto
 
 
 def _put_in_service(version: registry.RegisteredVersion, deployment: Mapping[str, Any], store: Store) -> None:
-    from components.deploy.deploy import put_in_service
-
     from components.deploy.config import DeployConfig
+    from components.deploy.deploy import put_in_service
 
     url = os.environ.get("TUNEYARD_SERVING_URL", "")
     token = os.environ.get("TUNEYARD_SERVING_TOKEN", "")

@@ -44,9 +44,15 @@ class PipelineSpec(Settings):
 
     @model_validator(mode="after")
     def _fits_together(self) -> PipelineSpec:
-        wanted = "labelled-text" if self.train.objective == "classification" else "prompt-completion or conversational"
+        wanted = (
+            "labelled-text"
+            if self.train.objective == "classification"
+            else "prompt-completion or conversational"
+        )
         if (self.ingest.format == "labelled-text") != (self.train.objective == "classification"):
-            raise ValueError(f"objective {self.train.objective} needs {wanted} data, ingest.format is {self.ingest.format}")
+            raise ValueError(
+                f"objective {self.train.objective} needs {wanted} data, ingest.format is {self.ingest.format}"
+            )
         if self.deploy and not self.register_:
             raise ValueError("deploy needs a register section: only a registered model is put in service")
         return self
@@ -91,7 +97,9 @@ def find(spec: str) -> Path:
             return path
     near = difflib.get_close_matches(spec, names(), 1)
     hint = f"did you mean {near[0]}? " if near else ""
-    raise UsageError(f"no pipeline {spec!r}", f"{hint}there are {', '.join(names())}; or give the path of a YAML file")
+    raise UsageError(
+        f"no pipeline {spec!r}", f"{hint}there are {', '.join(names())}; or give the path of a YAML file"
+    )
 
 
 def load(spec: str, overrides: Sequence[str] = ()) -> PipelineSpec:
@@ -109,7 +117,9 @@ def load(spec: str, overrides: Sequence[str] = ()) -> PipelineSpec:
     raw, lines, faults = _parse(path)
     faults += _override(raw, overrides)
     if not isinstance(raw, dict):
-        raise SpecError(str(path), ["line 1: a pipeline file is a mapping of sections (name, ingest, train, ...)"])
+        raise SpecError(
+            str(path), ["line 1: a pipeline file is a mapping of sections (name, ingest, train, ...)"]
+        )
     _fill_in(raw)
     try:
         pipeline = PipelineSpec.model_validate(raw)
@@ -124,7 +134,10 @@ def _parse(path: Path) -> tuple[Any, dict[tuple[str, ...], int], list[str]]:
     """(plain values, key path -> line, faults) of a YAML file."""
     lines: dict[tuple[str, ...], int] = {}
     faults: list[str] = []
-    loader = yaml.SafeLoader(path.read_text(encoding="utf-8-sig", errors="replace"))
+    try:
+        loader = yaml.SafeLoader(path.read_text(encoding="utf-8-sig", errors="replace"))
+    except yaml.YAMLError as error:
+        raise SpecError(str(path), [f"line 1: not YAML: {str(error).splitlines()[0]}"]) from error
 
     def build(node: yaml.Node, at: tuple[str, ...], depth: int) -> Any:
         lines[at] = node.start_mark.line + 1
@@ -136,7 +149,9 @@ def _parse(path: Path) -> tuple[Any, dict[tuple[str, ...], int], list[str]]:
             for key_node, value_node in node.value:
                 key = str(loader.construct_object(key_node, deep=True))
                 if key in found:
-                    faults.append(f"line {key_node.start_mark.line + 1}: {'.'.join((*at, key))} stands twice; keep one")
+                    faults.append(
+                        f"line {key_node.start_mark.line + 1}: {'.'.join((*at, key))} stands twice; keep one"
+                    )
                 found[key] = build(value_node, (*at, key), depth + 1)
                 lines[(*at, key)] = key_node.start_mark.line + 1
             return found
@@ -157,7 +172,7 @@ def _parse(path: Path) -> tuple[Any, dict[tuple[str, ...], int], list[str]]:
 
 
 def _override(raw: Any, overrides: Sequence[str]) -> list[str]:
-    """Put `section.key=value` into the raw values. Returns faults."""
+    """Put `section.key=value` into the raw values; null goes back to the default. Returns faults."""
     faults = []
     for override in overrides:
         name, equals, value = override.partition("=")
@@ -174,8 +189,12 @@ def _override(raw: Any, overrides: Sequence[str]) -> list[str]:
             if isinstance(into, dict) and into.get(key) is None:
                 into[key] = {}
             into = into.get(key) if isinstance(into, dict) else None
-        if isinstance(into, dict):
+        if isinstance(into, dict) and parsed is None:
+            into.pop(keys[-1], None)
+        elif isinstance(into, dict):
             into[keys[-1]] = parsed
+            # Either says how long to train; the one on the command line takes the other's place.
+            into.pop({"train.max_steps": "epochs", "train.epochs": "max_steps"}.get(name.strip(), ""), None)
         else:
             faults.append(f"--set {override}: {'.'.join(keys[:-1])} is no section")
     return faults
@@ -185,19 +204,23 @@ def _fill_in(raw: dict[str, Any]) -> None:
     """What one section says that another needs; the only place where sections meet."""
     for optional in ("compress", "register", "deploy"):
         if optional in raw:
-            raw[optional] = {} if raw[optional] in (None, True) else None if raw[optional] is False else raw[optional]
+            raw[optional] = (
+                {} if raw[optional] in (None, True) else None if raw[optional] is False else raw[optional]
+            )
     for section in ("validate", "split", "evaluate"):
         if section in raw and raw[section] is None:
             del raw[section]
-    ingest, train, split = (raw.get(s) if isinstance(raw.get(s), dict) else {} for s in ("ingest", "train", "split"))
+    ingest, train, split = (_section(raw, name) for name in ("ingest", "train", "split"))
     if not ingest:
         return
-    columns = ingest.get("columns") if isinstance(ingest.get("columns"), dict) else {}
+    columns = _section(ingest, "columns")
     if "format" not in ingest:
         spoken = {*columns.keys(), *map(str, columns.values())}
         classifies = train.get("objective") == "classification"
-        ingest["format"] = "labelled-text" if classifies else (
-            "conversational" if "messages" in spoken else "prompt-completion"
+        ingest["format"] = (
+            "labelled-text"
+            if classifies
+            else ("conversational" if "messages" in spoken else "prompt-completion")
         )
     ingest["columns"] = _our_names_first(columns, ingest["format"])
     if split.get("test_source"):
@@ -208,6 +231,12 @@ def _fill_in(raw: dict[str, Any]) -> None:
     ingest["keep"] = keep + [column for column in wanted if column not in known and column not in keep]
 
 
+def _section(raw: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """The mapping of that name, or an empty one where it is absent or no mapping (a fault found later)."""
+    found = raw.get(name)
+    return found if isinstance(found, dict) else {}
+
+
 def _our_names_first(columns: Mapping[str, Any], dataset_type: Any) -> dict[str, Any]:
     """`{field: column}`, also from `{column: field}`, which reads as naturally and means the same.
 
@@ -216,7 +245,11 @@ def _our_names_first(columns: Mapping[str, Any], dataset_type: Any) -> dict[str,
     if not isinstance(dataset_type, str) or dataset_type not in examples.REQUIRED:
         return dict(columns)
     known = set(examples.fields(dataset_type))
-    if columns and not known & set(columns) and all(isinstance(v, str) and v in known for v in columns.values()):
+    if (
+        columns
+        and not known & set(columns)
+        and all(isinstance(v, str) and v in known for v in columns.values())
+    ):
         return {field: column for column, field in columns.items()}
     return dict(columns)
 
@@ -234,7 +267,11 @@ def _sentence(fault: Any, lines: Mapping[tuple[str, ...], int]) -> str:
         return f"line {line}: {where}: no such setting{hint}"
     message = fault["msg"].removeprefix("Value error, ")
     value = fault.get("input")
-    seen = f" (it is {value!r})" if fault["type"] not in ("missing", "value_error") and not isinstance(value, dict) else ""
+    seen = (
+        f" (it is {value!r})"
+        if fault["type"] not in ("missing", "value_error") and not isinstance(value, dict)
+        else ""
+    )
     return f"line {line}: {where}: {message}{seen}"
 
 

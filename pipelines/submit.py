@@ -16,6 +16,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from components.shared import ledger
 from components.shared.errors import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, TuneyardError, UsageError
 from components.shared.store import Store
 from pipelines import graph, planner
@@ -104,7 +105,8 @@ def _one_at_a_time(home: Path, pipeline: str) -> Iterator[None]:
             yield
     except Timeout as error:
         raise UsageError(
-            f"another submit of {pipeline} is running here ({home})", "wait for it, or stop it with Ctrl-C there"
+            f"another submit of {pipeline} is running here ({home})",
+            "wait for it, or stop it with Ctrl-C there",
         ) from error
 
 
@@ -176,14 +178,22 @@ def _fill(
         if commit is None and record and record["status"] in ("done", "stopped"):
             commit = store.read_json(f"stages/{stage}/{record['key']}.json")
         seconds = record["seconds"] if record else 0.0
-        status = record["status"] if record else "stopped" if commit and commit["stop"] else "done" if commit else "not run"
+        status = (
+            record["status"]
+            if record
+            else "stopped"
+            if commit and commit["stop"]
+            else "done"
+            if commit
+            else "not run"
+        )
         cached = stage in done or bool(record and record.get("cached"))
         outputs = dict(commit["outputs"]) if commit else {}
         report.stages.append(
             {"name": stage, "status": status, "seconds": seconds, "cached": cached, "outputs": outputs}
         )
         if commit:
-            _take(report, stage, commit, serving_url)
+            _take(report, stage, commit, store, serving_url)
         if failed is None and record and record["status"] in ("failed", "interrupted"):
             failed = record["error"] | {"stage": stage}
         if failed is None and commit and commit["stop"]:
@@ -194,19 +204,18 @@ def _fill(
     report.status = _STATUS.get(report.exit_code, "failed")
 
 
-def _take(report: Report, stage: str, commit: Mapping[str, Any], serving_url: str) -> None:
+def _take(report: Report, stage: str, commit: Mapping[str, Any], store: Store, serving_url: str) -> None:
     summary = commit["summary"]
     if stage == "evaluate":
         report.metrics = summary["metrics"]
         report.verdict = summary["verdict"]
     elif stage == "register":
-        from components.shared import registry
-
-        now = registry.get(summary["name"], int(summary["version"]))
+        # The ledger and MLflow's aliases agree, and reading the ledger costs no import of MLflow (2.5 s).
+        aliases = ledger.aliases(ledger.read(summary["name"], store))
         report.model = {
             "name": summary["name"],
             "version": int(summary["version"]),
-            "aliases": sorted(now.aliases) if now else [],
+            "aliases": sorted(a for a, version in aliases.items() if version == int(summary["version"])),
             "uri": summary["manifest"],
             "sha256": summary["digest"],
         }

@@ -12,9 +12,11 @@ from components.shared.progress import PREFIX
 from components.shared.stage import STARTED
 
 # Between the stages KFP prints inputs and outputs of its own; they go to the log file only, as do these.
-_KFP = ("[KFP Executor", "Task ", "Cleaned up workspace", "---")
+_KFP = ("[KFP Executor", "Task ", "Cleaned up workspace")
 _INDENT = re.compile(r"^( {4}){1,2}")
-_NOISE = re.compile(r"^(\s*$|Loading weights|Writing model shards|.*(FutureWarning|UserWarning|warnings\.warn))")
+_NOISE = re.compile(
+    r"^(\s*$|-+$|Loading weights|Writing model shards|.*(FutureWarning|UserWarning|warnings\.warn))"
+)
 _QUIET_SECONDS = 10.0
 
 

@@ -7,7 +7,7 @@
 
 The CPU build ("2.13.0+cpu") needs a line of its own. For `torch==2.13.0` with the hashes of both builds
 pip prefers the file whose page states an allowed hash, and so takes the CUDA build past a CPU build that
-lies in a plain folder; the CUDA build then misses its runtime, 2.7 GB of other distributions.
+lies in a plain folder; the CUDA build then misses its runtime, 2.2 GB of other distributions.
 
 Run it with `make lock`. uv resolves for all platforms at once but does not read pip's configuration, so
 the CPU build's hashes are asked of pip itself. Versions already locked are kept: to move one, change its

@@ -141,7 +141,7 @@ class Pip:
             file.write("".join(pins))
             file.flush()
             # Byte code is left to the first import: most of what is installed is never imported.
-            fixed = ("install", "--no-deps", "--no-compile", "--progress-bar=off")
+            fixed = ("install", "--no-deps", "--require-hashes", "--no-compile", "--progress-bar=off")
             return self._call(*fixed, *options, "-r", file.name)
 
     def _call(self, *arguments: str) -> tuple[int, list[str]]:

@@ -29,12 +29,12 @@ from pip_run import Pip, SetupError, say
 
 LAYOUT = 1  # a higher number makes every .venv anew
 BATCH = 24
-NEEDED_GIB = {"cpu": 4, "cuda": 12, "gpu": 14}
+NEEDED_GIB = {"cpu": 3, "cuda": 7, "gpu": 8}  # 2.2, 5.9 and 6.3 seen
 TEMPORARY_GIB = {"cpu": 1, "cuda": 3, "gpu": 3}
 ENTRY = re.compile(r"^[a-z0-9][a-z0-9.-]*=", re.MULTILINE)
 CUDA_BUILD_INSTEAD = """\
 pip finds no CPU build of PyTorch that the lock names, so this takes the registry's CUDA build. It works on
-a CPU as well, but its CUDA runtime is about 3 GB more to download and 6 GB more on disk.
+a CPU as well, but it and its CUDA runtime are 2.5 GB more to download and 4 GB more on disk.
 For the CPU build, stop this, remove .venv, and tell pip of a place that has it: an index, with
 PIP_EXTRA_INDEX_URL=... (PyTorch's install page names its index of CPU builds), or a folder of wheels, with
 PIP_FIND_LINKS=... The lock names the CPU build of Python 3.11 on x86_64 Linux."""

@@ -63,8 +63,10 @@ class Classifier:
         card: labels and length.
         tokenizer: its tokenizer.
         forward: batch of int64 numpy arrays [texts, tokens] by input name -> logits [texts, labels].
-        alone: answer each text by itself. For models whose arithmetic would let a text's neighbours in the
-            batch change its verdict (int8 with activation scales taken over the whole batch).
+        alone: answer each text by itself. int8 activations get one scale for the whole batch, so neighbours
+            change a verdict: MiniLM's logits moved by 0.07-0.12, half their spread, beside 15 others. And it
+            costs little on a CPU: 0.055 s instead of 0.039 s for 16 texts of 32 tokens, 0.27 s instead of
+            0.31 s for 128 tokens (one thread).
         platform: name of the runtime, for the metadata.
     """
 

@@ -66,7 +66,9 @@ def tiny_tokenizer():
     from transformers import PreTrainedTokenizerFast
 
     trained = ByteLevelBPETokenizer()
-    trained.train_from_iterator(TEXTS, vocab_size=300, special_tokens=["<pad>", "<bos>", "<eos>"], show_progress=False)
+    trained.train_from_iterator(
+        TEXTS, vocab_size=300, special_tokens=["<pad>", "<bos>", "<eos>"], show_progress=False
+    )
     return PreTrainedTokenizerFast(
         tokenizer_object=trained._tokenizer, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>"
     )

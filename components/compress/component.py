@@ -12,7 +12,7 @@ def compress(
     compressed: Output[Model],
     page: Output[HTML],
     metrics: Output[Metrics],
-):
+) -> None:
     """Make the model that ships, and prove that it answers as the tuned one does."""
     from components.compress.compress import compress as verb
     from components.compress.config import CompressConfig

@@ -15,7 +15,7 @@ def evaluate(
     page: Output[HTML],
     metrics: Output[Metrics],
     compressed: Input[Model] = None,
-):
+) -> None:
     """Judge the model that will ship against its base on test, and hold it against the gates."""
     from components.evaluate.config import EvaluateConfig
     from components.evaluate.evaluate import evaluate as verb

@@ -12,7 +12,7 @@ def ingest(
     quarantine: Output[Dataset],
     page: Output[HTML],
     metrics: Output[Metrics],
-):
+) -> None:
     """Read a corpus, map its columns, normalise its text, put malformed rows in quarantine."""
     from components.ingest.config import IngestConfig
     from components.ingest.ingest import ingest as verb

@@ -56,5 +56,7 @@ class IngestConfig(Settings):
         known = examples.fields(self.format)
         unknown = sorted(set(self.columns) - set(known))
         if unknown:
-            raise ValueError(f"columns: {unknown} are no fields of {self.format}; its fields are {list(known)}")
+            raise ValueError(
+                f"columns: {unknown} are no fields of {self.format}; its fields are {list(known)}"
+            )
         return self

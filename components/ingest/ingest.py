@@ -78,7 +78,9 @@ def to_example(row: Mapping[str, Any], config: IngestConfig) -> dict[str, Any] |
         if column not in row:
             if optional:
                 continue
-            return Fault("missing_field", field, f"no column {column!r}; the row has {sorted(map(str, row))[:12]}")
+            return Fault(
+                "missing_field", field, f"no column {column!r}; the row has {sorted(map(str, row))[:12]}"
+            )
         if optional and row[column] in (None, ""):
             continue
         reader = _messages(row[column], config.normalise) if field == "messages" else None
@@ -92,8 +94,10 @@ def to_example(row: Mapping[str, Any], config: IngestConfig) -> dict[str, Any] |
             original[field] = before
     example_id = hashlib.sha256(digest.canonical(example)).hexdigest()
     extra = {column: row.get(column) for column in config.keep}
-    return {**example, "id": example_id} | ({"extra": extra} if extra else {}) | (
-        {"original": original} if original else {}
+    return (
+        {**example, "id": example_id}
+        | ({"extra": extra} if extra else {})
+        | ({"original": original} if original else {})
     )
 
 
@@ -112,7 +116,9 @@ def _files(uri: str, config: IngestConfig, store: Store) -> list[tuple[str, Path
     data = [(name, path) for name, path in named if data_suffix(path)]
     skipped = [name for name, path in named if not data_suffix(path)]
     if not data:
-        raise TuneyardError(f"{uri}: no data file among {skipped[:5]}", "it reads .jsonl, .csv, .tsv and .parquet files")
+        raise TuneyardError(
+            f"{uri}: no data file among {skipped[:5]}", "it reads .jsonl, .csv, .tsv and .parquet files"
+        )
     for name in skipped:
         log.info("ingest: %s is no data file, left out", name)
     return data
@@ -122,7 +128,9 @@ def _hub_files(uri: str, config: IngestConfig, store: Store) -> list[tuple[str, 
     from huggingface_hub import snapshot_download
 
     commit = sources.hub_revision(uri, config.revision, "dataset")
-    patterns = [f"*{s}{c}" for s in (".jsonl", ".json", ".csv", ".tsv", ".parquet") for c in ("", ".gz", ".zst")]
+    patterns = [
+        f"*{s}{c}" for s in (".jsonl", ".json", ".csv", ".tsv", ".parquet") for c in ("", ".gz", ".zst")
+    ]
     root = Path(snapshot_download(uri, repo_type="dataset", revision=commit, allow_patterns=patterns))
     paths = sorted(p for p in root.rglob("*") if p.is_file())
     if not paths:
@@ -139,7 +147,9 @@ def _rows(config: IngestConfig, store: Store) -> Iterator[tuple[str, str, int, d
 
 
 def _page(summary: Mapping[str, Any]) -> str:
-    cells = "".join(f"<tr><td>{html.escape(k)}</td><td>{v}</td></tr>" for k, v in summary["by_reason"].items())
+    cells = "".join(
+        f"<tr><td>{html.escape(k)}</td><td>{v}</td></tr>" for k, v in summary["by_reason"].items()
+    )
     return (
         "<!doctype html><meta charset=utf-8><title>ingest</title><style>body{font:15px system-ui;margin:2em}"
         "td,th{padding:.3em 1em;border-bottom:1px solid #ddd;text-align:left}</style><h1>Ingest</h1>"
@@ -169,7 +179,13 @@ def ingest(config: IngestConfig, inputs: Mapping[str, Artifact], context: Contex
                 raw = example.raw or ("" if isinstance(row, Fault) else str(dict(row))[:500])
                 counts[example.reason] += 1
                 quarantine.append(
-                    {"file": file, "line": line, "part": part, "reason": example.reason, "field": example.field}
+                    {
+                        "file": file,
+                        "line": line,
+                        "part": part,
+                        "reason": example.reason,
+                        "field": example.field,
+                    }
                     | {"detail": example.detail, "raw": raw.encode("utf-8", "backslashreplace").decode()}
                 )
                 continue
@@ -179,7 +195,7 @@ def ingest(config: IngestConfig, inputs: Mapping[str, Artifact], context: Contex
 
     count = jsonl.write(context.out / "examples" / "examples.jsonl", kept())
     jsonl.write(context.out / "quarantine" / "quarantine.jsonl", quarantine)
-    summary = {
+    summary: dict[str, Any] = {
         "read": count + len(quarantine),
         "kept": count,
         "quarantined": len(quarantine),
@@ -190,7 +206,11 @@ def ingest(config: IngestConfig, inputs: Mapping[str, Artifact], context: Contex
     (context.out / "quarantine" / "summary.json").write_bytes(digest.canonical(summary))
     (context.out / "page.html").write_text(_page(summary))
     if not count:
-        first = quarantine[0] if quarantine else {"file": config.source, "line": 0, "reason": "no rows", "detail": ""}
+        first = (
+            quarantine[0]
+            if quarantine
+            else {"file": config.source, "line": 0, "reason": "no rows", "detail": ""}
+        )
         raise StageStopped(
             f"ingest: 0 of {len(quarantine)} rows of {config.source} could be kept; the first, "
             f"{first['file']}:{first['line']}: {first['reason']} ({first['detail']})",
@@ -199,7 +219,12 @@ def ingest(config: IngestConfig, inputs: Mapping[str, Artifact], context: Contex
     return Result(
         kinds={"examples": "dataset", "quarantine": "dataset"},
         metadata={
-            "examples": {"dataset_type": config.format, "source": config.source, "revision": config.revision, **summary},
+            "examples": {
+                "dataset_type": config.format,
+                "source": config.source,
+                "revision": config.revision,
+                **summary,
+            },
             "quarantine": summary,
         },
         metrics={"rows_read": summary["read"], "rows_kept": count, "rows_quarantined": len(quarantine)},

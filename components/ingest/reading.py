@@ -206,6 +206,7 @@ def read(path: Path) -> Rows:
     suffix = data_suffix(path)
     if not suffix:
         raise TuneyardError(
-            f"{path.name}: no known data format", "name it .jsonl, .csv, .tsv or .parquet (also with .gz or .zst)"
+            f"{path.name}: no known data format",
+            "name it .jsonl, .csv, .tsv or .parquet (also with .gz or .zst)",
         )
     return _READERS[suffix](path)

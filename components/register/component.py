@@ -13,7 +13,7 @@ def register(
     registration: Output[Dataset],
     page: Output[HTML],
     metrics: Output[Metrics],
-):
+) -> None:
     """Give the accepted model a version and, when it is not worse, the champion's place."""
     from components.register.config import RegisterConfig
     from components.register.register import register as verb

@@ -105,7 +105,9 @@ def load(folder: Path, store: Store, precision: Precision) -> tuple[Any, Any, Mo
     elif card.layout == "transformers":
         model, tokenizer = open_folder(folder, precision)
     else:
-        raise TuneyardError(f"{folder}: layout {card.layout!r} is no causal model", "use the classifier's loader")
+        raise TuneyardError(
+            f"{folder}: layout {card.layout!r} is no causal model", "use the classifier's loader"
+        )
     chat.verify_probe(tokenizer, card.template_probe or {}, str(folder))
     return model, tokenizer, card
 

@@ -18,7 +18,10 @@ PLAIN_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}{{ message['content'] }}"
     "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}{{ '\\n' }}{% endfor %}"
 )
-_PROBE = [{"role": "system", "content": "Answer briefly. 请简要回答。"}, {"role": "user", "content": "1 + 1 = ?"}]
+_PROBE = [
+    {"role": "system", "content": "Answer briefly. 请简要回答。"},
+    {"role": "user", "content": "1 + 1 = ?"},
+]
 
 
 def prepare(tokenizer: Any) -> Any:
@@ -69,7 +72,9 @@ def verify_probe(tokenizer: Any, stored: Mapping[str, Any], where: str) -> None:
     then = list(stored["token_ids"])
     if now == then and end_id(tokenizer) == stored["end_id"]:
         return
-    at = next((i for i, (a, b) in enumerate(zip(now, then, strict=False)) if a != b), min(len(now), len(then)))
+    at = next(
+        (i for i, (a, b) in enumerate(zip(now, then, strict=False)) if a != b), min(len(now), len(then))
+    )
     raise TuneyardError(
         f"{where}: the chat template gives other token ids than in training, first at {at}: "
         f"{now[at : at + 3]} instead of {then[at : at + 3]}",

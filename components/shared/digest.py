@@ -31,7 +31,9 @@ def of_file(path: Path) -> str:
 def _source_files(folders: Iterable[str]) -> list[Path]:
     files: list[Path] = []
     for folder in folders:
-        files += [p for p in (TREE_ROOT / folder).rglob("*") if p.suffix in (".py", ".jinja", ".html", ".json")]
+        files += [
+            p for p in (TREE_ROOT / folder).rglob("*") if p.suffix in (".py", ".jinja", ".html", ".json")
+        ]
     return sorted(files)
 
 

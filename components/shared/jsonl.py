@@ -22,7 +22,9 @@ def read(path: Path) -> Iterator[dict[str, Any]]:
             try:
                 row = orjson.loads(line)
             except orjson.JSONDecodeError as error:
-                raise TuneyardError(f"{path}:{number}: not JSON ({error})", "submit again to remake it") from error
+                raise TuneyardError(
+                    f"{path}:{number}: not JSON ({error})", "submit again to remake it"
+                ) from error
             if not isinstance(row, dict):
                 raise TuneyardError(f"{path}:{number}: {type(row).__name__}, not an object", "submit again")
             yield row

@@ -182,9 +182,10 @@ def reconcile(name: str, store: Store) -> dict[str, int]:
     while True:
         witness = registry.witness(name)
         entries = _verified(name, witness, store)
-        wanted = {registry.CANDIDATE: candidate(entries), registry.CHAMPION: champion(entries)}
+        wanted = aliases(entries)
         present = registry.aliases(name)
-        for alias, version in wanted.items():
+        for alias in (registry.CANDIDATE, registry.CHAMPION):
+            version = wanted.get(alias)
             if version == present.get(alias):
                 continue
             if version is None:
@@ -199,7 +200,13 @@ def reconcile(name: str, store: Store) -> dict[str, int]:
                 registry.set_witness(name, head)
         # Another machine may have appended and set its alias before we set ours to something older.
         if store.read_json(_document(name, len(entries) + 1)) is None:
-            return {alias: version for alias, version in wanted.items() if version is not None}
+            return wanted
+
+
+def aliases(entries: Sequence[Entry]) -> dict[str, int]:
+    """Which version should carry which alias; without MLflow, so in milliseconds."""
+    versions = {registry.CANDIDATE: candidate(entries), registry.CHAMPION: champion(entries)}
+    return {alias: version for alias, version in versions.items() if version is not None}
 
 
 def champion(entries: Sequence[Entry]) -> int | None:

@@ -38,13 +38,17 @@ def token_nats(hidden: Any, head: Any, cap: float, targets: Any) -> Any:
 
     with torch.inference_mode():
         parts = [
-            torch.nn.functional.cross_entropy(_logits(h.to(head.weight.dtype), head.weight, head.bias, cap), t, reduction="none")
+            torch.nn.functional.cross_entropy(
+                _logits(h.to(head.weight.dtype), head.weight, head.bias, cap), t, reduction="none"
+            )
             for h, t in zip(hidden.split(CHUNK_TOKENS), targets.split(CHUNK_TOKENS), strict=True)
         ]
     return torch.cat(parts)
 
 
-def summed_cross_entropy(hidden: Any, head: Any, cap: float, targets: Any, label_smoothing: float = 0.0) -> Any:
+def summed_cross_entropy(
+    hidden: Any, head: Any, cap: float, targets: Any, label_smoothing: float = 0.0
+) -> Any:
     """Sum over tokens of the cross-entropy, differentiable in `hidden` and in the head's weight and bias.
 
     Args:
@@ -67,7 +71,9 @@ def _function() -> Any:
         """Computes the gradients in the forward pass, chunk by chunk, and hands them out in the backward."""
 
         @staticmethod
-        def forward(ctx: Any, hidden: Any, weight: Any, bias: Any, targets: Any, cap: float, smoothing: float) -> Any:
+        def forward(
+            ctx: Any, hidden: Any, weight: Any, bias: Any, targets: Any, cap: float, smoothing: float
+        ) -> Any:
             total = hidden.new_zeros((), dtype=torch.float32)
             grad_hidden = torch.empty_like(hidden)
             grad_weight = torch.zeros_like(weight) if weight.requires_grad else None

@@ -50,7 +50,9 @@ class Manifest:
 
     def to_json(self) -> str:
         """The manifest as JSON text, its digest included so that a torn copy is noticed."""
-        return json.dumps({"schema": SCHEMA, "digest": self.digest, **asdict(self)}, indent=1, ensure_ascii=False)
+        return json.dumps(
+            {"schema": SCHEMA, "digest": self.digest, **asdict(self)}, indent=1, ensure_ascii=False
+        )
 
     @classmethod
     def from_json(cls, text: str | bytes, where: str) -> Manifest:
@@ -69,7 +71,9 @@ class Manifest:
             manifest = cls(raw["kind"], files, raw["metadata"], raw["made_by"])
             stated = raw["digest"]
         except (ValueError, KeyError, TypeError) as error:
-            raise TuneyardError(f"{where} is not a Tuneyard manifest ({error})", "submit again to remake it") from error
+            raise TuneyardError(
+                f"{where} is not a Tuneyard manifest ({error})", "submit again to remake it"
+            ) from error
         if raw.get("schema") != SCHEMA or stated != manifest.digest:
             raise TuneyardError(
                 f"{where}: manifest says digest {stated[:12]}, its files give {manifest.digest[:12]}",
@@ -89,5 +93,7 @@ def describe(folder: Path) -> tuple[FileEntry, ...]:
     if links or not paths:
         found = f"symbolic links {links}" if links else "no file"
         raise TuneyardError(f"{folder}: {found}; an artifact needs plain files", "write real files into it")
-    entries = (FileEntry(p.relative_to(folder).as_posix(), p.stat().st_size, digest.of_file(p)) for p in paths)
+    entries = (
+        FileEntry(p.relative_to(folder).as_posix(), p.stat().st_size, digest.of_file(p)) for p in paths
+    )
     return tuple(sorted(entries, key=lambda entry: entry.path))

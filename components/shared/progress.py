@@ -42,7 +42,8 @@ class Progress:
         self._shown = now
         shown = "  ".join(f"{name} {value}" for name, value in facts.items())
         of_total = f"/{self.total}" if self.total else ""
-        print(f"{PREFIX}{self.what}  {self.done}{of_total} {self.unit}  {shown}  {self._left(now)}", file=sys.stderr)
+        line = f"{PREFIX}{self.what}  {self.done}{of_total} {self.unit}  {shown}  {self._left(now)}"
+        sys.stderr.write(line.rstrip() + "\n")
         sys.stderr.flush()
 
     def _left(self, now: float) -> str:

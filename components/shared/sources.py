@@ -26,7 +26,9 @@ def kind_of(uri: str) -> str:
         return "local"
     if _HUB_ID.fullmatch(uri):
         return "hub"
-    raise TuneyardError(f"{uri!r} is no s3:// prefix, path, glob or Hugging Face id", "correct it in the pipeline file")
+    raise TuneyardError(
+        f"{uri!r} is no s3:// prefix, path, glob or Hugging Face id", "correct it in the pipeline file"
+    )
 
 
 def local_files(uri: str) -> list[Path]:
@@ -41,7 +43,9 @@ def local_files(uri: str) -> list[Path]:
         found = [p for p in sorted(match.rglob("*")) if p.is_file()] if match.is_dir() else [match]
         files += [p for p in found if p.name[0] not in "._"]
     if not files:
-        raise TuneyardError(f"{uri}: no file there (looked from {Path.cwd()})", "check the path in the pipeline file")
+        raise TuneyardError(
+            f"{uri}: no file there (looked from {Path.cwd()})", "check the path in the pipeline file"
+        )
     return files
 
 
@@ -57,8 +61,9 @@ def hub_revision(repository: str, revision: str, repo_type: str) -> str:
         return str(HfApi().repo_info(repository, revision=revision, repo_type=repo_type).sha)
     except Exception as error:  # the client raises a dozen unrelated types, all meaning "not to be had"
         raise TuneyardError(
-            f"Hugging Face {repo_type} {repository!r} at {revision!r} cannot be had ({type(error).__name__}: {error})",
-            "a local path must exist or start with ./ ; else check the id, HF_TOKEN for a gated one, and the network",
+            f"Hugging Face {repo_type} {repository!r} at {revision!r} cannot be had "
+            f"({type(error).__name__}: {error})",
+            "a local path must exist or start with ./ ; else check the id, the network, HF_TOKEN",
         ) from error
 
 
@@ -97,5 +102,7 @@ def model_folder(uri: str, store: Store, revision: str = "main") -> Path:
         commit = hub_revision(uri, revision, "model")
         folder = Path(snapshot_download(uri, revision=commit, allow_patterns=wanted))
     if not (folder / "config.json").is_file():
-        raise TuneyardError(f"base model {uri}: no config.json in {folder}", "name the folder that holds config.json")
+        raise TuneyardError(
+            f"base model {uri}: no config.json in {folder}", "name the folder that holds config.json"
+        )
     return folder

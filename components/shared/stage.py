@@ -130,7 +130,9 @@ def read_commit(stage: str, key: str, config: Settings, store: Store) -> dict[st
         except TuneyardError:
             whole = False
         if not whole:
-            log.warning("%s: output %s of key %s is no longer in the store; running again", stage, name, key[:12])
+            log.warning(
+                "%s: output %s of key %s is no longer in the store; running again", stage, name, key[:12]
+            )
             return None
     return commit if config.still_true(commit["summary"]) else None
 
@@ -151,7 +153,9 @@ def work_folder(stage: str, key: str) -> Path:
     return home / "work" / stage / key
 
 
-def _run_verb(verb: Verb, config: Settings, inputs: Mapping[str, Manifest], context: Context) -> dict[str, Any]:
+def _run_verb(
+    verb: Verb, config: Settings, inputs: Mapping[str, Manifest], context: Context
+) -> dict[str, Any]:
     started = time.time()
     shutil.rmtree(context.out, ignore_errors=True)
     artifacts = {
@@ -190,7 +194,9 @@ def record(store: Store, run: str, stage: str, **facts: Any) -> None:
     store.write_json(f"runs/{run}/{stage}.json", {"stage": stage, **facts})
 
 
-def perform(verb: Verb, config: Settings, run: Mapping[str, str], inputs: Mapping[str, Manifest]) -> dict[str, Any]:
+def perform(
+    verb: Verb, config: Settings, run: Mapping[str, str], inputs: Mapping[str, Manifest]
+) -> dict[str, Any]:
     """Do a stage unless its key is committed; leave a record either way.
 
     Args:
@@ -261,7 +267,10 @@ def execute(
     # KFP's executor has set up the root logger for its own lines.
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr, force=True)
     logging.getLogger("tuneyard").setLevel(logging.INFO)
-    manifests = {n: Manifest.from_json(Path(a.path).read_text(), a.path) for n, a in inputs.items() if a is not None}
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    manifests = {
+        n: Manifest.from_json(Path(a.path).read_text(), a.path) for n, a in inputs.items() if a is not None
+    }
     try:
         commit = perform(verb, config_class.model_validate_json(config), json.loads(run), manifests)
     except TuneyardError as error:
@@ -272,7 +281,9 @@ def execute(
         manifest = store.read_manifest(commit["outputs"][name])
         Path(artifact.path).parent.mkdir(parents=True, exist_ok=True)
         Path(artifact.path).write_text(manifest.to_json())
-        artifact.metadata.update(digest=manifest.digest, uri=commit["outputs"][name], size_bytes=manifest.size)
+        artifact.metadata.update(
+            digest=manifest.digest, uri=commit["outputs"][name], size_bytes=manifest.size
+        )
     Path(page.path).parent.mkdir(parents=True, exist_ok=True)
     Path(page.path).write_text(commit["page"] or "<p>no page</p>")
     for name, value in commit["metrics"].items():

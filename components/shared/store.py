@@ -10,9 +10,9 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import threading
 import uuid
 from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
@@ -54,7 +54,6 @@ class Store:
         self.root = root.rstrip("/")
         self.bucket, self._prefix = split_uri(self.root + "/")
         self.cache = cache
-        self._local = threading.local()
 
     @classmethod
     def from_environment(cls) -> Store:
@@ -69,17 +68,15 @@ class Store:
         home = Path(os.environ.get("TUNEYARD_HOME", ".tuneyard"))
         return cls(root, Path(os.environ.get("TUNEYARD_CACHE", home / "cache")))
 
-    @property
+    @cached_property
     def client(self) -> Any:
-        """A boto3 S3 client of this thread (boto3 sessions are not shared between threads while starting)."""
-        if not hasattr(self._local, "client"):
-            import boto3
-            from botocore.config import Config
+        """A boto3 S3 client, shared by the threads of a transfer (it is thread-safe, a session is not)."""
+        import boto3
+        from botocore.config import Config
 
-            # Ten attempts span the seconds in which a killed store is started again.
-            config = Config(retries={"max_attempts": 10, "mode": "standard"}, max_pool_connections=16)
-            self._local.client = boto3.session.Session().client("s3", config=config)
-        return self._local.client
+        # Ten attempts span the seconds in which a killed store is started again.
+        config = Config(retries={"max_attempts": 10, "mode": "standard"}, max_pool_connections=16)
+        return boto3.session.Session().client("s3", config=config)
 
     def key(self, name: str) -> str:
         """Object key of a name inside the store's root."""
@@ -113,20 +110,29 @@ class Store:
 
     def names(self, prefix: str) -> list[str]:
         """Names below a prefix of the store's root, sorted."""
-        pages = self.client.get_paginator("list_objects_v2").paginate(Bucket=self.bucket, Prefix=self.key(prefix))
+        pages = self.client.get_paginator("list_objects_v2").paginate(
+            Bucket=self.bucket, Prefix=self.key(prefix)
+        )
         return sorted(o["Key"][len(self._prefix) :] for page in pages for o in page.get("Contents", []))
 
     # --- trees of files ---------------------------------------------------------------------------
 
     def put_tree(
-        self, folder: Path, kind: str, metadata: dict[str, Any] | None = None, made_by: dict[str, Any] | None = None
+        self,
+        folder: Path,
+        kind: str,
+        metadata: dict[str, Any] | None = None,
+        made_by: dict[str, Any] | None = None,
     ) -> Manifest:
         """Upload the files of a folder that the store lacks, then its manifest. The folder stays as it is."""
         manifest = Manifest(kind, describe(folder), metadata or {}, made_by or {})
+        _ = self.client  # made before threads ask for it
         with ThreadPoolExecutor(_TRANSFERS) as pool:
             list(pool.map(lambda entry: self._put_file(folder / entry.path, entry), manifest.files))
         self.client.put_object(
-            Bucket=self.bucket, Key=self.key(f"manifests/{manifest.digest}.json"), Body=manifest.to_json().encode()
+            Bucket=self.bucket,
+            Key=self.key(f"manifests/{manifest.digest}.json"),
+            Body=manifest.to_json().encode(),
         )
         return manifest
 
@@ -156,11 +162,14 @@ class Store:
             TuneyardError: a file is missing in the store, or its bytes do not have the stated digest.
         """
         folder.mkdir(parents=True, exist_ok=True)
+        _ = self.client  # made before threads ask for it
 
         def lay(entry: FileEntry) -> None:
             target = folder / entry.path
             if not target.resolve().is_relative_to(folder.resolve()):
-                raise TuneyardError(f"manifest names {entry.path!r}, outside its own folder", "do not use this artifact")
+                raise TuneyardError(
+                    f"manifest names {entry.path!r}, outside its own folder", "do not use this artifact"
+                )
             target.parent.mkdir(parents=True, exist_ok=True)
             target.unlink(missing_ok=True)
             _link(self._cached(entry), target)
@@ -210,12 +219,14 @@ class Store:
                 self.client.download_file(self.bucket, key, str(aside))
             except self.client.exceptions.ClientError as error:
                 raise TuneyardError(
-                    f"{entry.path}: s3://{self.bucket}/{key} cannot be read ({error})", "submit again to remake it"
+                    f"{entry.path}: s3://{self.bucket}/{key} cannot be read ({error})",
+                    "submit again to remake it",
                 ) from error
             found = digest.of_file(aside)
             if found != entry.sha256:
                 raise TuneyardError(
-                    f"{entry.path}: s3://{self.bucket}/{key} has sha256 {found[:12]}, expected {entry.sha256[:12]}",
+                    f"{entry.path}: s3://{self.bucket}/{key} has sha256 {found[:12]}, "
+                    f"expected {entry.sha256[:12]}",
                     "the object was changed or cut: delete it and submit again",
                 )
 
@@ -225,7 +236,7 @@ class Store:
     # --- any prefix that a user filled ------------------------------------------------------------
 
     def list_prefix(self, uri: str) -> list[dict[str, Any]]:
-        """Objects at or below an s3:// URI: `key`, `size` in bytes, `etag`. Markers (`_x`, `.x`) are left out.
+        """Objects at or below an s3:// URI: `key`, `size` in bytes, `etag`. Markers (`_x`, `.x`) not.
 
         Raises:
             TuneyardError: the bucket does not exist, or nothing is there.
@@ -236,7 +247,9 @@ class Store:
         try:
             found = [o for page in pages for o in page.get("Contents", [])]
         except self.client.exceptions.NoSuchBucket as error:
-            raise TuneyardError(f"{uri}: there is no bucket {bucket!r}", "check the name in the pipeline file") from error
+            raise TuneyardError(
+                f"{uri}: there is no bucket {bucket!r}", "check the name in the pipeline file"
+            ) from error
         kept = [
             {"key": o["Key"], "size": o["Size"], "etag": o["ETag"].strip('"')}
             for o in found
@@ -268,7 +281,6 @@ class Store:
 
         _into_place(folder, download)
         return folder
-
 
 
 def _link(source: Path, target: Path) -> None:

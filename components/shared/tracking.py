@@ -20,9 +20,7 @@ from components.shared.mlflow_database import attempt, client, tracking_uri
 
 log = logging.getLogger("tuneyard.tracking")
 
-# Limits of one log_batch call, and of one value (mlflow/utils/validation.py of 3.17).
-_METRICS_IN_BATCH = 1000
-_PARAMS_IN_BATCH = 100
+# mlflow/utils/validation.py of 3.17
 _PARAM_CHARACTERS = 6000
 _TAG_CHARACTERS = 8000
 _SYSTEM_METRICS_SECONDS = 5
@@ -64,9 +62,7 @@ def start_run(experiment: str, name: str, params: Mapping[str, Any], tags: Mappi
     run = attempt("starting a run", lambda: mlflow.create_run(experiment_id, tags=short_tags, run_name=name))
     run_id = str(run.info.run_id)
     rows = [Param(key, value[:_PARAM_CHARACTERS]) for key, value in flat.items()]
-    for begin in range(0, len(rows), _PARAMS_IN_BATCH):
-        batch = rows[begin : begin + _PARAMS_IN_BATCH]
-        attempt("logging settings", partial(mlflow.log_batch, run_id, params=batch))
+    attempt("logging settings", partial(mlflow.log_batch, run_id, params=rows))
     for key, value in flat.items():
         if len(value) > _PARAM_CHARACTERS:
             log_artifact_text(run_id, f"long_params/{key}.txt", value)
@@ -79,7 +75,7 @@ def log_metrics(run_id: str, metrics: Mapping[str, float], step: int = 0) -> Non
 
 
 def log_history(run_id: str, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Log curves, a thousand numbers a transaction.
+    """Log curves; MLflow makes transactions of a thousand numbers.
 
     Args:
         run_id: of `start_run`.
@@ -98,9 +94,7 @@ def log_history(run_id: str, rows: Sequence[Mapping[str, Any]]) -> None:
         for key, value in row.items()
         if key not in ("step", "time") and isinstance(value, int | float)
     ]
-    for begin in range(0, len(metrics), _METRICS_IN_BATCH):
-        batch = metrics[begin : begin + _METRICS_IN_BATCH]
-        attempt("logging metrics", partial(mlflow.log_batch, run_id, metrics=batch))
+    attempt("logging metrics", partial(mlflow.log_batch, run_id, metrics=metrics))
 
 
 def log_artifact_text(run_id: str, name: str, text: str) -> None:

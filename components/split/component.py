@@ -15,7 +15,7 @@ def split(
     test: Output[Dataset],
     page: Output[HTML],
     metrics: Output[Metrics],
-):
+) -> None:
     """Divide the examples into train, eval and test; the validation report only has to exist."""
     from components.shared.stage import execute
     from components.split.config import SplitConfig

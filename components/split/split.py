@@ -95,12 +95,12 @@ def _distributions(rows: Iterable[Mapping[str, Any]], config: SplitConfig) -> di
 
 
 def _without_leaks(sides: dict[str, list[dict[str, Any]]], config: SplitConfig) -> list[dict[str, Any]]:
-    """Take examples out of train and eval whose content (or group) also stands in the source's own test split."""
+    """Take examples out of train and eval whose content or group the source's own test split holds."""
     taboo = {row["id"] for row in sides["test"]}
     groups = {column_value(row, config.group_by) for row in sides["test"]} if config.group_by else set()
-    removed = []
+    removed: list[dict[str, Any]] = []
     for side in ("train", "eval"):
-        kept = []
+        kept: list[dict[str, Any]] = []
         for row in sides[side]:
             leaks = row["id"] in taboo or (config.group_by and column_value(row, config.group_by) in groups)
             (removed if leaks else kept).append(row)
@@ -119,7 +119,8 @@ def _page(summary: Mapping[str, Any]) -> str:
         "<!doctype html><meta charset=utf-8><title>split</title><style>body{font:15px system-ui;margin:2em}"
         "td,th{padding:.3em 1em;border-bottom:1px solid #ddd;text-align:left}</style><h1>Split</h1>"
         f"<table><tr><th>side<th>examples{heads}</tr>{rows}</table>"
-        f"<p>{summary['duplicates']} exact duplicates, each beside its twin; {summary['removed_as_leak']} examples "
+        f"<p>{summary['duplicates']} exact duplicates, each beside its twin; "
+        f"{summary['removed_as_leak']} examples "
         "left out of train and eval because the source's own test split holds them.</p>"
     )
 

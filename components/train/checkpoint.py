@@ -38,7 +38,9 @@ def restore_weights(model: Any, weights: Mapping[str, Any]) -> None:
             weight.copy_(weights[name])
 
 
-def save(folder: Path, step: int, model: Any, optimizer: Any, best: Mapping[str, Any], state: Any, keep: int) -> None:
+def save(
+    folder: Path, step: int, model: Any, optimizer: Any, best: Mapping[str, Any], state: Any, keep: int
+) -> None:
     """Write the checkpoint of a step and delete the oldest beyond `keep`.
 
     Args:
@@ -112,7 +114,8 @@ def load(path: Path, model: Any, optimizer: Any) -> dict[str, Any]:
     for name, weight in trainable(model).items():
         if name in moments:
             optimizer.state[weight] = {
-                key: value if key == "step" else value.to(weight.device) for key, value in moments[name].items()
+                key: value if key == "step" else value.to(weight.device)
+                for key, value in moments[name].items()
             }
     states = load_file(path / "random.safetensors")
     torch.set_rng_state(states["cpu"])

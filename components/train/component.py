@@ -14,7 +14,7 @@ def train(
     ledger: Output[Dataset],
     page: Output[HTML],
     metrics: Output[Metrics],
-):
+) -> None:
     """Fit the model on train, watching eval."""
     from components.shared.stage import execute
     from components.train.config import TrainConfig

@@ -109,5 +109,7 @@ class TrainConfig(Settings):
     @model_validator(mode="after")
     def _length_of_run(self) -> TrainConfig:
         if self.epochs is not None and self.max_steps is not None:
-            raise ValueError(f"epochs ({self.epochs}) and max_steps ({self.max_steps}) cannot both be set; drop one")
+            raise ValueError(
+                f"epochs ({self.epochs}) and max_steps ({self.max_steps}) cannot both be set; drop one"
+            )
         return self

@@ -33,24 +33,30 @@ def chart(history: Sequence[Mapping[str, float]], names: Sequence[str], title: s
     )
     keys = " ".join(f'<b style="color:{_COLOURS[n]}">{html.escape(n)}</b>' for n in names if lines[n])
     return (
-        f"<h2>{html.escape(title)}</h2><p>{keys}</p><svg viewBox='0 0 {_WIDTH} {_HEIGHT}' width='{_WIDTH}' role='img'>"
-        f"<text x='2' y='16' font-size='11'>{y1:.4g}</text><text x='2' y='{_HEIGHT - 20}' font-size='11'>{y0:.4g}</text>"
+        f"<h2>{html.escape(title)}</h2><p>{keys}</p>"
+        f"<svg viewBox='0 0 {_WIDTH} {_HEIGHT}' width='{_WIDTH}' role='img'>"
+        f"<text x='2' y='16' font-size='11'>{y1:.4g}</text>"
+        f"<text x='2' y='{_HEIGHT - 20}' font-size='11'>{y0:.4g}</text>"
         f"<text x='{_PAD}' y='{_HEIGHT - 4}' font-size='11'>step {x0:.0f}</text>"
         f"<text x='{_WIDTH - 90}' y='{_HEIGHT - 4}' font-size='11'>step {x1:.0f}</text>{drawn}</svg>"
     )
 
 
-def page(history: Sequence[Mapping[str, float]], card: ModelCard, counts: Mapping[str, Mapping[str, int]]) -> str:
+def page(
+    history: Sequence[Mapping[str, float]], card: ModelCard, counts: Mapping[str, Mapping[str, int]]
+) -> str:
     """A page that needs nothing from a network."""
     rows = "".join(
-        f"<tr><td>{html.escape(side)}<td>{html.escape(', '.join(f'{n} {c}' for n, c in sorted(of.items())))}</tr>"
+        f"<tr><td>{html.escape(side)}<td>" + html.escape(", ".join(f"{n} {c}" for n, c in sorted(of.items())))
         for side, of in counts.items()
     )
     share = 100 * card.trainable_weights / card.total_weights
     return (
-        "<!doctype html><meta charset=utf-8><title>training</title><style>body{font:15px system-ui;margin:2em;"
+        "<!doctype html><meta charset=utf-8><title>training</title><style>"
+        "body{font:15px system-ui;margin:2em;"
         "max-width:48em}td{padding:.3em 1em;border-bottom:1px solid #ddd}svg{background:#fafafa}</style>"
-        f"<h1>Training</h1><p>{card.trainable_weights:,} of {card.total_weights:,} weights moved ({share:.2f}%), "
+        f"<h1>Training</h1><p>{card.trainable_weights:,} of {card.total_weights:,} weights "
+        f"moved ({share:.2f}%), "
         f"base {html.escape(card.base_model.uri)}.</p><table>{rows}</table>"
         + chart(history, ("loss", "eval_loss"), "Loss (nats)")
         + chart(history, ("learning_rate",), "Learning rate")

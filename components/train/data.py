@@ -78,8 +78,9 @@ def fit_lengths(
         allowed = 0 if config.over_length == "error" else config.max_over_length
         raise StageStopped(
             f"{touched} of {total} examples ({touched / total:.1%}) are longer than train.max_length "
-            f"{config.max_length} tokens, allowed {allowed:.1%} under over_length {config.over_length}: {', '.join(first)}",
-            "raise train.max_length, choose train.over_length (drop, truncate_prompt), or train.max_over_length",
+            f"{config.max_length} tokens, allowed {allowed:.1%} under over_length "
+            f"{config.over_length}: {', '.join(first)}",
+            "raise train.max_length, choose train.over_length, or raise train.max_over_length",
         )
     return kept, ledger
 
@@ -114,7 +115,9 @@ def schedule_batches(lengths: Sequence[int], config: TrainConfig) -> list[list[l
         groups: list[list[list[int]]] = []
         for start in range(0, len(indices), per_step * _SORTED_STEPS):
             window = sorted(indices[start : start + per_step * _SORTED_STEPS], key=lambda i: lengths[i])
-            groups += [_micro_batches(window[a : a + per_step], config) for a in range(0, len(window), per_step)]
+            groups += [
+                _micro_batches(window[a : a + per_step], config) for a in range(0, len(window), per_step)
+            ]
         order.shuffle(groups)
         steps += groups
         epoch += 1

@@ -73,7 +73,9 @@ def autocast(precision: causal.Precision) -> Any:
     return torch.autocast(causal.device().type, dtype=torch.bfloat16)
 
 
-def eval_loss(objective: Objective, encoded: Sequence[Any], config: TrainConfig, precision: causal.Precision) -> float:
+def eval_loss(
+    objective: Objective, encoded: Sequence[Any], config: TrainConfig, precision: causal.Precision
+) -> float:
     """Mean loss in nats over the terms of these examples."""
     import torch
 
@@ -131,7 +133,13 @@ def fit(
         loss, norm = _update(objective, batches, optimizer, rate, config, precision)
         tokens += sum(len(e) for micro in batches for e in micro)
         speed = tokens / (time.monotonic() - began)
-        row = {"step": number + 1, "loss": loss, "learning_rate": rate, "grad_norm": norm, "tokens_per_second": speed}
+        row = {
+            "step": number + 1,
+            "loss": loss,
+            "learning_rate": rate,
+            "grad_norm": norm,
+            "tokens_per_second": speed,
+        }
         last = number + 1 == len(steps)
         if (number + 1) % every == 0 or last:
             row["eval_loss"] = eval_loss(objective, evaluation, config, precision)
@@ -139,10 +147,14 @@ def fit(
         state.history.append(row)
         progress.advance(loss=f"{loss:.3f}", eval=f"{state.best_loss:.3f}", speed=f"{speed:.0f} tokens/s")
         if state.stopped_early:
-            log.info("train: eval loss has not fallen by min_delta in %d evaluations; stopped early", state.stale)
+            log.info(
+                "train: eval loss has not fallen by min_delta in %d evaluations; stopped early", state.stale
+            )
             break
         if (number + 1) % config.checkpoint_steps == 0 and not last:
-            checkpoint.save(folder, number + 1, objective.model, optimizer, best, asdict(state), config.keep_checkpoints)
+            checkpoint.save(
+                folder, number + 1, objective.model, optimizer, best, asdict(state), config.keep_checkpoints
+            )
             report(state.history)
     checkpoint.restore_weights(objective.model, best)
     report(state.history)
@@ -153,7 +165,9 @@ def fit(
 def _judge(state: Fit, row: dict[str, float], objective: Objective, best: Any, config: TrainConfig) -> Any:
     """Update best weights and patience after an evaluation. Returns the best weights."""
     stopping = config.early_stopping
-    state.stale = 0 if row["eval_loss"] < state.best_loss - (stopping.min_delta if stopping else 0) else state.stale + 1
+    state.stale = (
+        0 if row["eval_loss"] < state.best_loss - (stopping.min_delta if stopping else 0) else state.stale + 1
+    )
     state.stopped_early = bool(stopping and state.stale >= stopping.patience)
     if row["eval_loss"] >= state.best_loss:
         return best

@@ -112,7 +112,9 @@ class Classification:
         """See Objective."""
         import torch
 
-        inputs = self.tokenizer.pad({"input_ids": [e.ids for e in batch]}, return_tensors="pt").to(causal.device())
+        inputs = self.tokenizer.pad({"input_ids": [e.ids for e in batch]}, return_tensors="pt").to(
+            causal.device()
+        )
         targets = torch.tensor([e.label for e in batch], device=causal.device())
         logits = self.model(**inputs).logits.float()
         return torch.nn.functional.cross_entropy(

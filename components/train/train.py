@@ -7,7 +7,7 @@ import json
 import logging
 import random
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from components.shared import causal, jsonl, sources, tracking
 from components.shared.errors import StageStopped, TuneyardError
@@ -51,7 +51,9 @@ def _open(config: TrainConfig, train: Sequence[Mapping[str, Any]], context: Cont
     else:
         labels = sorted({row["label"] for row in train})
         if len(labels) < 2:
-            raise StageStopped(f"classification needs two labels or more; train has {labels}", "check ingest.columns")
+            raise StageStopped(
+                f"classification needs two labels or more; train has {labels}", "check ingest.columns"
+            )
         objective = Classification(folder, labels)
     apply_adapter(objective, config)
     if config.gradient_checkpointing:
@@ -81,17 +83,23 @@ def _weight_counts(objective: Objective, config: TrainConfig) -> tuple[int, int]
     moving = sum(weight.numel() for weight in weights.values())
     total = sum(weight.numel() for weight in objective.model.parameters())
     if config.adapter.kind == "full" and moving != total:
-        raise TuneyardError(f"full fine-tuning would move {moving:,} of {total:,} weights", "report this model class")
+        raise TuneyardError(
+            f"full fine-tuning would move {moving:,} of {total:,} weights", "report this model class"
+        )
     if config.adapter.kind == "lora":
         # A classifier's head is new, so it moves whole beside the adapter.
         foreign = [name for name in weights if "lora_" not in name and "modules_to_save" not in name]
         if foreign or not weights:
             raise TuneyardError(
-                f"LoRA would move {len(weights)} tensors, {len(foreign)} of them of the base itself: {foreign[:5]}",
+                f"LoRA would move {len(weights)} tensors, {len(foreign)} the base's own: {foreign[:5]}",
                 "set train.adapter: {kind: full} if that is meant",
             )
         if moving > total // 10:
-            log.warning("train: LoRA of rank %d moves %.0f%% of this small model", config.adapter.rank, 100 * moving / total)
+            log.warning(
+                "train: LoRA of rank %d moves %.0f%% of this small model",
+                config.adapter.rank,
+                100 * moving / total,
+            )
     return moving, total
 
 
@@ -108,7 +116,9 @@ def _save(objective: Objective, config: TrainConfig, card: ModelCard, context: C
     card.write(folder)
 
 
-def _track(config: TrainConfig, context: Context, inputs: Mapping[str, Artifact], facts: dict[str, Any]) -> str:
+def _track(
+    config: TrainConfig, context: Context, inputs: Mapping[str, Artifact], facts: dict[str, Any]
+) -> str:
     settings = {k: v for k, v in config.model_dump(mode="json").items() if not isinstance(v, dict)}
     settings |= {f"adapter.{k}": v for k, v in config.adapter.model_dump().items()}
     digests = {f"digest.{name}": artifact.manifest.digest for name, artifact in inputs.items()}
@@ -127,7 +137,7 @@ def _fit_tracked(
         tracking.log_history(run_id, history[logged:])
         logged = len(history)
 
-    ended = "FAILED"
+    ended: Literal["FINISHED", "FAILED", "KILLED"] = "FAILED"
     try:
         with tracking.system_metrics(run_id):
             precision = causal.preferred_precision(config.precision)
@@ -158,22 +168,34 @@ def train(config: TrainConfig, inputs: Mapping[str, Artifact], context: Context)
     _seed(config.seed)
     rows = {side: _rows(inputs[side]) for side in ("train", "eval")}
     objective = _open(config, rows["train"], context)
-    rows["eval"] = sorted(_known_labels(rows["eval"], objective), key=lambda row: row["id"])[: config.eval_examples]
+    rows["eval"] = sorted(_known_labels(rows["eval"], objective), key=lambda row: row["id"])[
+        : config.eval_examples
+    ]
     encoded, ledgers = {}, {}
     for side in ("train", "eval"):
         encoded[side], ledgers[side] = fit_lengths(rows[side], objective.encode, objective.shorten, config)
         if not encoded[side]:
-            raise StageStopped(f"no example of {side} is left to use", "see train.max_length and train.over_length")
+            raise StageStopped(
+                f"no example of {side} is left to use", "see train.max_length and train.over_length"
+            )
     moving, total = _weight_counts(objective, config)
     base = BaseModelRef(
         uri=config.base_model,
         fingerprint=sources.fingerprint(config.base_model, context.store, "model", config.revision),
     )
     facts = {"peak_learning_rate": peak_rate(config), "trainable_weights": moving, "total_weights": total}
-    run_id = _resumed_run(context) or _track(config, context, inputs, facts | {"base_fingerprint": base.fingerprint})
+    run_id = _resumed_run(context) or _track(
+        config, context, inputs, facts | {"base_fingerprint": base.fingerprint}
+    )
     context.work.mkdir(parents=True, exist_ok=True)
     (context.work / "mlflow_run").write_text(run_id)
-    log.info("train: %d examples, %d of %d weights move (%.2f%%)", len(encoded["train"]), moving, total, 100 * moving / total)
+    log.info(
+        "train: %d examples, %d of %d weights move (%.2f%%)",
+        len(encoded["train"]),
+        moving,
+        total,
+        100 * moving / total,
+    )
     result = _fit_tracked(objective, encoded, config, context, run_id)
     whole = config.adapter.kind == "full" or config.objective == "classification"
     card = ModelCard(
@@ -191,7 +213,9 @@ def train(config: TrainConfig, inputs: Mapping[str, Artifact], context: Context)
     return _describe(result, ledgers, card, context, run_id)
 
 
-def _describe(result: Fit, ledgers: Mapping[str, Ledger], card: ModelCard, context: Context, run_id: str) -> Result:
+def _describe(
+    result: Fit, ledgers: Mapping[str, Ledger], card: ModelCard, context: Context, run_id: str
+) -> Result:
     ledger = context.out / "ledger"
     for side, kept in ledgers.items():
         jsonl.write(ledger / f"{side}.jsonl", kept.rows)

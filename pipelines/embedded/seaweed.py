@@ -144,7 +144,7 @@ def client(url: str, credentials: Credentials) -> Any:
     import boto3
     from botocore.config import Config
 
-    return boto3.client(
+    return boto3.session.Session().client(
         "s3",
         endpoint_url=url,
         region_name=REGION,

@@ -43,6 +43,7 @@ def test_promoting_without_a_version_takes_the_candidate(two):
     entry = promotion.history(NAME)[-1]
     assert (entry.who, entry.why, entry.action) == ("Ada", "reads better", "promote")
     assert entry.evidence["metrics"] == {"loss": 2.5}
+    assert str(made) == "legal version 2 is now champion, not deployed yet"
     again = promotion.promote(NAME, 2, "Ada", "")
     assert not again.changed and len(promotion.history(NAME)) == 3
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import queue
 import threading
 
@@ -98,17 +99,39 @@ def test_a_seed_gives_the_same_answer_alone_and_beside_others(served):
     assert alone not in texts[:1]  # another seed, another answer
 
 
-def test_a_cancelled_job_stops_and_frees_its_row(served):
-    job, _ = ask(served, PROMPTS[0], max_tokens=400)
-    served.cancel(job)
-    _, last = ask(served, PROMPTS[2], max_tokens=5)[1]()
-    assert last.tokens == 5
-    deadline = threading.Event()
-    for _ in range(100):
-        if served.in_flight == 0 and served.waiting == 0:
-            break
-        deadline.wait(0.05)
-    assert (served.in_flight, served.waiting) == (0, 0)
+def test_a_cancelled_job_stops_at_the_next_token(model_and_tokenizer):
+    generated = []
+    model = CausalModel(Identity("tiny", "1", "d" * 64), *model_and_tokenizer, generated.append)
+    begun = threading.Event()
+    job = Job(model.encode_text(PROMPTS[0]), 480, 0.0, 1.0, None, (), lambda piece: begun.set())
+    model.submit(job)
+    assert begun.wait(30)
+    model.cancel(job)
+    model.abort(30)
+    # Whole, it would be 480 tokens.
+    assert 0 < sum(generated) < 400
+    assert (model.in_flight, model.waiting, model.alive) == (0, 0, False)
+
+
+def test_a_cancelled_job_that_waits_leaves_the_queue(served):
+    jobs = [ask(served, prompt, max_tokens=60)[0] for prompt in PROMPTS * 6]
+    assert served.waiting > 0
+    for job in jobs:
+        served.cancel(job)
+    assert served.waiting == 0
+
+
+def test_the_end_token_ends_the_answer_and_is_not_part_of_it(model_and_tokenizer):
+    model, tokenizer = model_and_tokenizer
+    whole = tokenizer(reference(model, tokenizer, PROMPTS[0]), add_special_tokens=False)["input_ids"]
+    ends = copy.deepcopy(tokenizer)
+    ends.eos_token = tokenizer.convert_ids_to_tokens(whole[7])
+    at = whole.index(whole[7])
+    served = CausalModel(Identity("tiny", "1", "d" * 64), model, ends)
+    text, last = ask(served, PROMPTS[0])[1]()
+    served.abort(10)
+    assert text == tokenizer.decode(whole[:at])
+    assert (last.finish, last.tokens) == ("stop", at)
 
 
 def test_accepted_jobs_are_finished_after_close_and_the_weights_are_freed(served):

@@ -189,7 +189,7 @@ def test_fifty_swaps_under_load_lose_no_request(start, desire, causal_folder):
 
     def load(number: int) -> None:
         with httpx.Client(base_url=server.url, timeout=60, trust_env=False) as client:
-            while not stop.is_set():
+            while not stop.wait(0.02):
                 try:
                     response = ask(client, max_tokens=4 + number)
                     version, body = response.headers["x-model-version"], response.json()

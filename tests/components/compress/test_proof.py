@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from components.compress import proof
 from components.compress.proof import Gap, Proof
 
-GOOD = Proof(Gap(1e-4, 0, 1), Gap(3, 0.1, 0.9), Gap(3, 0.1, 0.9), 4, (), (), (), 300, "float32")
+GOOD = Proof(Gap(1e-5, 0, 1), Gap(3, 0.1, 0.9), Gap(3, 0.1, 0.9), 4, (), (), (), 300, "float32")
 
 
 @settings(deadline=None, max_examples=30)

@@ -165,7 +165,7 @@ def test_a_wrong_answer_takes_the_server_back(mlflow_store, server_url, promoted
 
     with monkeypatch.context() as patch:
         patch.setattr(ModelServer, "ask", elsewhere)
-        with pytest.raises(TuneyardError, match="version 99 .* answered instead of version 2"):
+        with pytest.raises(TuneyardError, match=r"version 99 .* answered instead of version 2"):
             put(mlflow_store, server_url)
     assert mlflow_store.read_json("deployments/news.json")["version"] == first.version
     assert answering(server_url) == str(first.version)

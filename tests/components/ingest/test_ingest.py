@@ -75,7 +75,9 @@ def test_any_bytes_are_kept_or_quarantined_and_never_lost(tmp_path_factory, line
     assert result.summary["read"] + blank == len(body)
 
 
-@pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz", ".jsonl.zst", ".csv", ".tsv", ".csv.gz", ".parquet"])
+@pytest.mark.parametrize(
+    "suffix", [".jsonl", ".jsonl.gz", ".jsonl.zst", ".csv", ".tsv", ".csv.gz", ".parquet"]
+)
 def test_every_format_gives_the_same_examples(tmp_path, suffix):
     source = tmp_path / f"corpus{suffix}"
     data = [GOOD, {"q": 'says "hi",\nthen\tleaves', "a": "好"}]
@@ -100,14 +102,16 @@ def test_every_format_gives_the_same_examples(tmp_path, suffix):
             raw = zstandard.compress(raw)
         source.write_bytes(raw)
     _, out = run(source, tmp_path)
-    assert [(row["prompt"], row["completion"]) for row in rows(out, "examples")] == [(r["q"], r["a"]) for r in data]
+    assert [(row["prompt"], row["completion"]) for row in rows(out, "examples")] == [
+        (r["q"], r["a"]) for r in data
+    ]
 
 
 def test_a_torn_gzip_keeps_what_came_before_and_says_so(tmp_path):
     whole = "\n".join(json.dumps({"q": f"question {i}", "a": f"answer {i}"}) for i in range(2000)).encode()
     source = tmp_path / "corpus.jsonl.gz"
     source.write_bytes(gzip.compress(whole)[:-2000])
-    result, out = run(source, tmp_path)
+    result, _ = run(source, tmp_path)
     assert 0 < result.summary["kept"] < 2000
     assert "torn_file" in result.summary["by_reason"]
 
@@ -115,7 +119,7 @@ def test_a_torn_gzip_keeps_what_came_before_and_says_so(tmp_path):
 def test_a_csv_row_with_too_few_cells_is_named_by_its_line(tmp_path):
     source = tmp_path / "corpus.csv"
     source.write_text('q,a\n"two\nlines",x\nonly one\nlast,y\n')
-    result, out = run(source, tmp_path)
+    _, out = run(source, tmp_path)
     (bad,) = rows(out, "quarantine")
     assert (bad["line"], bad["reason"]) == (4, "bad_csv")
     assert [row["origin"]["line"] for row in rows(out, "examples")] == [2, 5]
@@ -138,7 +142,9 @@ def test_what_normalisation_changed_can_be_had_back(text):
 
 def test_equal_content_has_an_equal_id_wherever_it_stands(tmp_path):
     source = tmp_path / "corpus.jsonl"
-    source.write_text("\n".join(json.dumps(r) for r in (GOOD, GOOD | {"q": " 什么是合同？\r\n"}, GOOD | {"a": "别的"})))
+    source.write_text(
+        "\n".join(json.dumps(r) for r in (GOOD, GOOD | {"q": " 什么是合同？\r\n"}, GOOD | {"a": "别的"}))
+    )
     _, out = run(source, tmp_path)
     first, second, third = (row["id"] for row in rows(out, "examples"))
     assert first == second != third

@@ -202,6 +202,26 @@ def test_a_database_made_anew_beside_an_old_ledger_is_refused(
         accepted(mlflow_store, tmp_path / "2", "two", loss=2.4)
 
 
+def test_a_better_model_promoted_in_between_is_not_replaced(mlflow_store, tmp_path, monkeypatch):
+    """We beat the champion that we saw, 2.5, but lose the write to a rival with 2.0 and must see it."""
+    first = accepted(mlflow_store, tmp_path / "1", "one", loss=2.5)
+    write = Store.write_json
+    rivals = []
+
+    def rival_first(self, name, document, once=False):
+        if document.get("action") == "promote" and not rivals:
+            rivals.append(name)
+            evidence = document["evidence"] | {"metrics": {"loss": 2.0}}
+            change = ledger.Change("promote", 1, first["digest"], "rival", "first", evidence)
+            ledger.append(NAME, self, lambda _: change)
+        return write(self, name, document, once)
+
+    monkeypatch.setattr(Store, "write_json", rival_first)
+    made = accepted(mlflow_store, tmp_path / "2", "two", loss=2.4)
+    assert rivals and not made["champion"] and made["compare"]["champion"] == 2.0
+    assert registry.aliases(NAME) == {"candidate": 2, "champion": 1}
+
+
 def test_of_eight_that_register_at_once_the_best_is_champion(mlflow_store, tmp_path):
     """Whatever the order: each compares with the champion that its write really follows."""
     losses = [2.7, 2.3, 2.9, 2.1, 2.5, 2.2, 2.8, 2.4]

@@ -102,6 +102,28 @@ def test_a_database_that_stays_locked_is_one_clear_error(mlflow_store, tmp_path,
     mlflow_database.attempt("writing", impatient)
 
 
+def test_what_a_rival_caused_is_tried_again_and_nothing_else(mlflow_store):
+    from mlflow.exceptions import MlflowException
+
+    raised = [MlflowException("Model Version creation error (name=x). Giving up after 3 attempts.")]
+
+    def once():
+        if raised:
+            raise raised.pop()
+        return "made"
+
+    assert mlflow_database.attempt("adding", once) == "made"
+    calls = []
+
+    def never():
+        calls.append(1)
+        raise MlflowException("no such thing")
+
+    with pytest.raises(TuneyardError, match="adding failed: no such thing"):
+        mlflow_database.attempt("adding", never)
+    assert len(calls) == 1
+
+
 def test_no_error_of_the_database_gets_through_as_it_is(mlflow_store, tmp_path):
     with sqlite3.connect(tmp_path / "mlflow.db") as connection:
         connection.execute("DROP TABLE registered_model_aliases")

@@ -58,12 +58,17 @@ def test_duplicates_and_groups_stay_together(tmp_path):
     ids = [{row["id"] for row in sides[side]} for side in SIDES]
     assert not (ids[0] & ids[1] or ids[0] & ids[2] or ids[1] & ids[2])
     grouped = SplitConfig(group_by="author")
-    of_author = {a: {side_of(r, grouped, False) for r in rows if r["extra"]["author"] == a} for a in ("author 1", "author 5")}
+    of_author = {
+        a: {side_of(r, grouped, False) for r in rows if r["extra"]["author"] == a}
+        for a in ("author 1", "author 5")
+    }
     assert all(len(found) == 1 for found in of_author.values())
 
 
 def test_the_sources_own_test_split_is_kept_and_its_twins_leave_train(tmp_path):
-    rows = [example(f"text {i}") for i in range(400)] + [example(f"text {i}", part="test") for i in range(395, 450)]
+    rows = [example(f"text {i}") for i in range(400)] + [
+        example(f"text {i}", part="test") for i in range(395, 450)
+    ]
     result, sides = run(rows, tmp_path)
     assert [row["text"] for row in sides["test"]] == [f"text {i}" for i in range(395, 450)]
     assert not {r["id"] for r in sides["test"]} & {r["id"] for s in ("train", "eval") for r in sides[s]}
@@ -74,8 +79,10 @@ def test_the_sources_own_test_split_is_kept_and_its_twins_leave_train(tmp_path):
 
 def test_a_skewed_side_stops_the_line_with_its_numbers(tmp_path, monkeypatch):
     rows = [example(f"text {i}", label="rare" if i < 200 else "usual") for i in range(1000)]
-    monkeypatch.setattr("components.split.split.side_of", lambda row, *_: "eval" if row["label"] == "rare" else (
-        "test" if row["id"] < "4" else "train"))
+    monkeypatch.setattr(
+        "components.split.split.side_of",
+        lambda row, *_: "eval" if row["label"] == "rare" else ("test" if row["id"] < "4" else "train"),
+    )
     result, _ = run(rows, tmp_path, stratify_by="label")
     assert "KL of label between eval and the whole is 1.609 nats, over 0.1" in result.stop
 
@@ -99,4 +106,6 @@ def test_what_chance_explains_agrees_with_scipy(values, count):
     from scipy.stats import chi2
 
     # Wilson and Hilferty's approximation is within 1% in this tail from two degrees of freedom on, 4% at one.
-    assert explained_by_chance(values, count) == pytest.approx(chi2.isf(0.001, values - 1) / (2 * count), rel=0.04)
+    assert explained_by_chance(values, count) == pytest.approx(
+        chi2.isf(0.001, values - 1) / (2 * count), rel=0.04
+    )

@@ -64,7 +64,9 @@ def test_loss_equals_transformers_on_the_same_labels(sft):
         ).loss
         ours = sft.summed_loss(mine, 0.0) / sum(map(sft.terms, mine))
     assert float(ours) == pytest.approx(float(reference), rel=1e-5)
-    assert sum(causal.answer_nats(sft.model, mine)) / causal.token_count(mine) == pytest.approx(float(ours), rel=1e-5)
+    assert sum(causal.answer_nats(sft.model, mine)) / causal.token_count(mine) == pytest.approx(
+        float(ours), rel=1e-5
+    )
 
 
 @pytest.mark.parametrize("sizes", [[6], [3, 3], [1, 5], [1] * 6])
@@ -93,7 +95,9 @@ def test_accumulated_micro_batches_give_the_gradient_of_one_batch(tiny_causal, s
     st.integers(1, 4),
     st.integers(1, 3),
 )
-def test_every_example_comes_up_once_an_epoch_and_the_partial_group_is_not_dropped(lengths, size, accumulate, epochs):
+def test_every_example_comes_up_once_an_epoch_and_the_partial_group_is_not_dropped(
+    lengths, size, accumulate, epochs
+):
     config = settings_for(per_device_batch_size=size, gradient_accumulation_steps=accumulate, epochs=1)
     steps = schedule_batches(lengths, config)
     seen = [i for step in steps for micro in step for i in micro]
@@ -101,7 +105,11 @@ def test_every_example_comes_up_once_an_epoch_and_the_partial_group_is_not_dropp
     assert len(steps) == math.ceil(len(lengths) / (size * accumulate))
     assert all(len(micro) <= size for step in steps for micro in step)
     longer = settings_for(per_device_batch_size=size, gradient_accumulation_steps=accumulate, epochs=epochs)
-    assert schedule_batches(lengths, longer)[: len(steps)] == steps or epochs == 1 or len(lengths) % (size * accumulate)
+    assert (
+        schedule_batches(lengths, longer)[: len(steps)] == steps
+        or epochs == 1
+        or len(lengths) % (size * accumulate)
+    )
 
 
 def test_over_long_examples_are_counted_and_an_answer_is_never_cut(sft):
@@ -117,7 +125,9 @@ def test_over_long_examples_are_counted_and_an_answer_is_never_cut(sft):
     assert {row["id"]: row["action"] for row in ledger.rows} == {"long": "cut", "answer": "dropped"}
     for policy, allowed in (("error", 1.0), ("drop", 0.05)):
         with pytest.raises(StageStopped, match=r"2 of 22 examples .*corpus.jsonl:7"):
-            fit_lengths(rows, sft.encode, sft.shorten, settings_for(over_length=policy, max_over_length=allowed))
+            fit_lengths(
+                rows, sft.encode, sft.shorten, settings_for(over_length=policy, max_over_length=allowed)
+            )
 
 
 def test_learning_rate_warms_up_and_falls_to_its_floor():
@@ -150,7 +160,9 @@ def _trained(tiny_causal, folder, config, crash_after=None, monkeypatch=None):
 
 @pytest.mark.parametrize("crash_after", [3, 7, 12])
 def test_a_resumed_run_ends_with_the_very_weights_of_an_uninterrupted_one(tiny_causal, tmp_path, crash_after):
-    config = settings_for(epochs=3, per_device_batch_size=4, checkpoint_steps=3, eval_steps=5, learning_rate=1e-3)
+    config = settings_for(
+        epochs=3, per_device_batch_size=4, checkpoint_steps=3, eval_steps=5, learning_rate=1e-3
+    )
     whole, state = _trained(tiny_causal, tmp_path / "whole", config)
     with pytest.raises(KeyboardInterrupt):
         _trained(tiny_causal, tmp_path / "cut", config, crash_after)
@@ -180,14 +192,19 @@ def test_the_base_stays_as_it_was_under_lora(tiny_causal, tmp_path):
     apply_adapter(sft, config)
     encoded = [sft.encode(row) for row in examples(8)]
     fit(sft, encoded, encoded, config, "float32", tmp_path, lambda history: None)
-    after = {n.replace("base_model.model.", "").replace(".base_layer", ""): p for n, p in sft.model.named_parameters()}
+    after = {
+        n.replace("base_model.model.", "").replace(".base_layer", ""): p
+        for n, p in sft.model.named_parameters()
+    }
     assert all(torch.equal(after[name], weight) for name, weight in before.items())
     assert any("lora_B" in n and bool(p.abs().max() > 0) for n, p in sft.model.named_parameters())
 
 
 def test_a_loss_that_is_not_finite_stops_with_what_to_do():
     broken = SimpleNamespace(
-        model=torch.nn.Linear(1, 1), terms=lambda e: 1, summed_loss=lambda b, s: torch.tensor(math.nan, requires_grad=True)
+        model=torch.nn.Linear(1, 1),
+        terms=lambda e: 1,
+        summed_loss=lambda b, s: torch.tensor(math.nan, requires_grad=True),
     )
     config = settings_for()
     with pytest.raises(TuneyardError, match="nan at learning rate"):
@@ -197,7 +214,9 @@ def test_a_loss_that_is_not_finite_stops_with_what_to_do():
 def test_classification_cuts_as_the_tokenizer_does(tiny_encoder):
     objective = Classification(tiny_encoder, ["a", "b"])
     encoded = objective.encode({"text": "the company said profit rose " * 20, "label": "b"})
-    ids = objective.tokenizer("the company said profit rose " * 20, truncation=True, max_length=32)["input_ids"]
+    ids = objective.tokenizer("the company said profit rose " * 20, truncation=True, max_length=32)[
+        "input_ids"
+    ]
     assert objective.shorten(encoded, 32).ids == ids and encoded.label == 1
 
 

@@ -1,0 +1,169 @@
+"""Pipeline files: every fault at once, with its line and what to do."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from components.shared.errors import SpecError, UsageError
+from pipelines.graph import inputs_of
+from pipelines.spec import FOLDER, load, names
+
+GOOD = """name: good
+ingest: {source: ./corpus.jsonl, columns: {prompt: q, completion: a}}
+train:
+  objective: sft
+  base_model: ./model
+"""
+
+
+def write(tmp_path, text):
+    path = tmp_path / "pipeline.yaml"
+    path.write_text(text)
+    return str(path)
+
+
+def test_five_lines_have_a_default_for_everything(tmp_path):
+    spec = load(write(tmp_path, GOOD))
+    assert list(spec.stages()) == ["ingest", "validate", "split", "train", "evaluate"]
+    assert spec.train.adapter.kind == "lora" and spec.ingest.format == "prompt-completion"
+
+
+def test_every_shipped_pipeline_loads():
+    assert len(names()) >= 2
+    for name in names():
+        assert load(name).name == name
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("name: Bad Name\n", "line 1: name"),
+        ("nam: x\n", "line 1: nam: no such setting; did you mean name?"),
+        (
+            "train: {objective: sft, base_model: b, adapter: {kind: lora, rnk: 3}}\n",
+            "train.adapter.rnk: no such setting; did you mean rank?",
+        ),
+        ("name: a\nname: b\n", "line 2: name stands twice; keep one"),
+        ("a: [1\n", "not YAML"),
+        ("- 1\n", "line 1: a pipeline file is a mapping"),
+        (GOOD + "  epochs: 1\n  max_steps: 2\n", "epochs (1.0) and max_steps (2) cannot both be set"),
+        (GOOD + "deploy:\n", "deploy needs a register section"),
+        (GOOD + "split: {ratios: [0.5, 0.1, 0.1]}\n", "must be positive and sum to 1"),
+        (
+            GOOD.replace("sft", "classification").replace("source:", "format: prompt-completion, source:"),
+            "needs labelled-text",
+        ),
+        (GOOD.replace("{prompt: q", "{question: q"), "are no fields of prompt-completion"),
+        (GOOD + "evaluate: {gates: {loss: {}}}\n", "a gate needs min or max"),
+    ],
+)
+def test_a_fault_names_its_line_and_what_to_do(tmp_path, text, expected):
+    with pytest.raises(SpecError) as caught:
+        load(write(tmp_path, text))
+    assert expected in str(caught.value)
+
+
+def test_all_faults_come_at_once(tmp_path):
+    with pytest.raises(SpecError) as caught:
+        load(write(tmp_path, "name: X\ningest: {sorce: a}\ntrain: {learning_rate: fast}\n"), ["split.sede=3"])
+    assert len(caught.value.faults) >= 6
+
+
+def test_columns_read_either_way_round(tmp_path):
+    turned = GOOD.replace("{prompt: q, completion: a}", "{q: prompt, a: completion}")
+    assert load(write(tmp_path, turned)).ingest == load(write(tmp_path, GOOD)).ingest
+
+
+def test_overrides_are_checked_as_the_file_is(tmp_path):
+    path = write(tmp_path, GOOD + "  epochs: 2\nregister:\n")
+    spec = load(
+        path, ["train.learning_rate=1e-5", "train.max_steps=7", "register=null", "split.group_by=client"]
+    )
+    assert (spec.train.learning_rate, spec.train.max_steps, spec.train.epochs) == (1e-5, 7, None)
+    assert "register" not in spec.stages() and spec.ingest.keep == ["client"]
+    with pytest.raises(SpecError, match=r"write section\.key=value"):
+        load(path, ["train.epochs"])
+
+
+def test_the_test_source_goes_to_ingest(tmp_path):
+    spec = load(write(tmp_path, GOOD + "split: {test_source: ./test.jsonl}\n"))
+    assert spec.ingest.external_uris() == ["./corpus.jsonl", "./test.jsonl"]
+
+
+def test_an_unknown_name_suggests_one():
+    with pytest.raises(UsageError, match="did you mean sft_legal"):
+        load("sft_leagl")
+
+
+scalars = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8)
+sections = st.sampled_from(
+    ["name", "ingest", "validate", "split", "train", "evaluate", "compress", "deploy", "x"]
+)
+values = st.recursive(
+    scalars, lambda v: st.lists(v, max_size=3) | st.dictionaries(st.text(max_size=6), v, max_size=3)
+)
+
+
+@given(st.dictionaries(sections, values, max_size=6) | values)
+def test_any_yaml_is_read_or_refused_with_a_message(tmp_path_factory, document):
+    path = tmp_path_factory.mktemp("wild") / "wild.yaml"
+    path.write_text(yaml.safe_dump(document, allow_unicode=True), encoding="utf-8", errors="replace")
+    try:
+        load(str(path))
+    except SpecError as error:
+        assert "line " in str(error)
+
+
+@given(st.text(max_size=60))
+def test_any_text_is_read_or_refused_with_a_message(tmp_path_factory, text):
+    path = tmp_path_factory.mktemp("wild") / "wild.yaml"
+    path.write_text(text, encoding="utf-8", errors="replace")
+    with pytest.raises(SpecError, match="line "):
+        load(str(path))
+
+
+def test_every_input_is_an_output_of_an_earlier_stage():
+    for name in names():
+        spec = load(name)
+        seen = set()
+        for stage in spec.stages():
+            assert {source for source, _ in inputs_of(stage, spec).values()} <= seen
+            seen.add(stage)
+
+
+def test_test_reaches_evaluate_alone():
+    spec = load("sft_legal")
+    readers = [s for s in spec.stages() if ("split", "test") in inputs_of(s, spec).values()]
+    assert readers == ["evaluate"]
+
+
+@pytest.mark.parametrize("name", [path.stem for path in sorted(FOLDER.glob("*.yaml"))])
+def test_compile_writes_valid_ir_without_heavy_imports(tmp_path, name):
+    program = (
+        "import sys\nfrom pipelines.cli import main\n"
+        "sys.argv = ['tuneyard', 'compile', sys.argv[1], '--output', sys.argv[2]]\n"
+        "try:\n    main()\nfinally:\n"
+        "    heavy = set(sys.modules) & {'torch', 'transformers', 'mlflow', 'great_expectations'}\n"
+        "    assert not heavy, heavy\n"
+    )
+    output = tmp_path / "ir.yaml"
+    done = subprocess.run(
+        [sys.executable, "-c", program, name, str(output)], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    from google.protobuf import json_format
+    from kfp.pipeline_spec import pipeline_spec_pb2
+
+    message = json_format.ParseDict(
+        next(yaml.safe_load_all(output.read_text())), pipeline_spec_pb2.PipelineSpec()
+    )
+    assert set(message.root.dag.tasks) == set(load(name).stages())
+    again = tmp_path / "again.yaml"
+    subprocess.run([sys.executable, "-c", program, name, str(again)], capture_output=True, check=True)
+    assert output.read_bytes() == again.read_bytes()
