@@ -224,12 +224,17 @@ def _take(report: Report, stage: str, commit: Mapping[str, Any], store: Store, s
 
 
 def interruptible() -> None:
-    """Let SIGTERM end a submit as Ctrl-C does: the stage in work stops at its last checkpoint."""
+    """Let SIGTERM end a submit as Ctrl-C does: the stage in work is stopped too, at its last checkpoint."""
+    import psutil
 
     def stop(number: int, frame: Any) -> None:
+        for child in psutil.Process().children(recursive=True):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                child.send_signal(signal.SIGINT)
         raise KeyboardInterrupt
 
     signal.signal(signal.SIGTERM, stop)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def explain(report: Report) -> str:

@@ -66,7 +66,9 @@ def wanted(root: Path, extra: str, state: dict[str, str]) -> dict[str, str]:
     names = ["gpu.txt"] if extra == "gpu" else ["cpu.txt", "cuda.txt"]
     # The scripts in .venv/bin carry the folder's name, so a moved checkout needs a new .venv.
     parts = [f"{LAYOUT} {extra} {python} {root}".encode()]
-    parts += [(root / "requirements" / name).read_bytes() for name in names]
+    for name in names:
+        lines = (root / "requirements" / name).read_bytes().splitlines()
+        parts += [line for line in lines if not line.lstrip().startswith(b"#")]
     return {
         "extra": extra,
         "python": python,

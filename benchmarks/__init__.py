@@ -1,0 +1,1 @@
+"""Figures, each beside a named peer, each from one command."""

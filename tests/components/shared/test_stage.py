@@ -1,0 +1,108 @@
+"""Around a stage: what is done is not done again, and whatever changed is."""
+
+from __future__ import annotations
+
+import pytest
+
+from components.shared.errors import EXIT_STOPPED, StageStopped, TuneyardError
+from components.shared.settings import Settings
+from components.shared.stage import Result, perform
+
+RUN = {"id": "run-1", "pipeline": "test"}
+
+
+class Config(Settings):
+    number: int = 1
+    stop: str = ""
+    source: str = ""
+    holds: bool = True
+
+    def external_uris(self):
+        return [self.source] if self.source else []
+
+    def still_true(self, summary):
+        return self.holds
+
+
+@pytest.fixture
+def stage(store):
+    """A stage `ingest` that counts how often it is really run."""
+    calls = []
+
+    def verb(config, inputs, context):
+        calls.append(config)
+        folder = context.out / "data"
+        folder.mkdir()
+        (folder / "number.txt").write_text(str(config.number % 10))
+        if config.number == 99:
+            raise TuneyardError("99 is too many", "take fewer")
+        return Result(kinds={"data": "dataset"}, metrics={"n": 1.0}, summary={"n": 1}, stop=config.stop)
+
+    verb.__module__ = "components.ingest.ingest"
+    return lambda config, inputs=None, run=RUN: (perform(verb, config, run, inputs or {}), calls)
+
+
+def test_an_unchanged_stage_is_not_run_again_and_says_so(stage, store):
+    first, _ = stage(Config())
+    second, calls = stage(Config(), run={"id": "run-2", "pipeline": "test"})
+    assert len(calls) == 1 and first == second
+    assert store.read_json("runs/run-1/ingest.json")["cached"] is False
+    assert store.read_json("runs/run-2/ingest.json")["cached"] is True
+
+
+def test_settings_inputs_and_outside_bytes_each_make_it_run(stage, store, tmp_path):
+    source = tmp_path / "corpus.jsonl"
+    source.write_text("1")
+    config = Config(source=str(source))
+    (tmp_path / "tree").mkdir()
+    (tmp_path / "tree" / "a").write_text("a")
+    one = store.put_tree(tmp_path / "tree", "dataset")
+    (tmp_path / "tree" / "a").write_text("b")
+    two = store.put_tree(tmp_path / "tree", "dataset")
+    for count, (settings, manifest) in enumerate(
+        [(config, one), (config, two), (config.model_copy(update={"number": 2}), two)], 1
+    ):
+        _, calls = stage(settings, {"x": manifest})
+        assert len(calls) == count
+    source.write_text("2")
+    _, calls = stage(config, {"x": one})
+    assert len(calls) == 4
+    source.write_text("1")
+    _, calls = stage(config, {"x": one})
+    assert len(calls) == 4
+
+
+def test_a_deleted_output_is_no_hit(stage, store):
+    commit, _ = stage(Config())
+    entry = store.read_manifest(commit["outputs"]["data"]).files[0]
+    store.client.delete_object(Bucket=store.bucket, Key=store.key(f"objects/{entry.sha256[:2]}/{entry.sha256}"))
+    again, calls = stage(Config())
+    assert len(calls) == 2 and store.has_tree(store.read_manifest(again["outputs"]["data"]))
+
+
+def test_an_effect_that_no_longer_holds_is_made_again(stage):
+    stage(Config(holds=False))
+    _, calls = stage(Config(holds=False))
+    assert len(calls) == 2
+
+
+def test_a_stop_is_committed_and_stops_again(stage, store):
+    for run in ("run-1", "run-2"):
+        with pytest.raises(StageStopped, match="rouge_l 0.1 is under 0.2") as caught:
+            stage(Config(stop="rouge_l 0.1 is under 0.2"), run={"id": run, "pipeline": "test"})
+        assert caught.value.exit_code == EXIT_STOPPED
+        assert store.read_json(f"runs/{run}/ingest.json")["status"] == "stopped"
+
+
+def test_a_failure_leaves_a_record_and_no_commit(stage, store):
+    with pytest.raises(TuneyardError, match="99 is too many"):
+        stage(Config(number=99))
+    record = store.read_json("runs/run-1/ingest.json")
+    assert record["status"] == "failed" and record["error"]["todo"] == "take fewer"
+    assert store.names("stages/ingest/") == []
+
+
+def test_equal_bytes_from_another_setting_cut_off_early(stage):
+    one, _ = stage(Config(number=3))
+    other, calls = stage(Config(number=13))
+    assert len(calls) == 2 and one["outputs"] == other["outputs"]
