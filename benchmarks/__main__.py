@@ -1,4 +1,4 @@
-"""`python -m benchmarks [NAME]`: run one benchmark, or all of them. Each writes JSON below benchmarks/results/."""
+"""`python -m benchmarks [NAME]`: run one benchmark, or all. Each leaves JSON below benchmarks/results/."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ RESULTS = Path(__file__).parent / "results"
 def main() -> None:
     """Run the benchmarks that were asked for and print their figures."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"out of {', '.join(NAMES)}; all when absent")
-    parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else on stdout")
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"{', '.join(NAMES)}; all when absent")
+    parser.add_argument("--json", action="store_true", help="print one JSON object on stdout")
     given = parser.parse_args()
     unknown = sorted(set(given.names) - set(NAMES))
     if unknown:

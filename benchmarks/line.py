@@ -1,8 +1,8 @@
-"""A whole pipeline from a set-up checkout: wall time, memory, what the model gained, and an unchanged submit.
+"""A whole pipeline from a set-up checkout: wall time, memory, what the model gained, an unchanged submit.
 
-The peer is what is in the report: the untuned base, and TF-IDF with logistic regression; for the int8 encoder,
-float32 PyTorch in the same process. Memory is the sum over every process of the run, platform and server
-included, by resident set (shared pages count once for each, so it is an upper bound).
+The peers are those of the report: the untuned base, TF-IDF with logistic regression and, for the int8
+encoder, float32 PyTorch in the same process. Memory is the sum over every process of the run, platform and
+server included, by resident set (shared pages count once for each, so it is an upper bound).
 """
 
 from __future__ import annotations
@@ -46,7 +46,8 @@ def _timed_submit(pipeline: str, home: Path) -> tuple[dict[str, Any], float, flo
     watcher.start()
     started = time.perf_counter()
     command = [sys.executable, "-m", "pipelines.cli", "submit", pipeline, "--json"]
-    done = subprocess.run(command, env=os.environ | {"TUNEYARD_HOME": str(home)}, stdout=subprocess.PIPE, check=False)
+    environment = os.environ | {"TUNEYARD_HOME": str(home)}
+    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, check=False)
     seconds = time.perf_counter() - started
     ended.set()
     watcher.join()
@@ -78,5 +79,6 @@ def run(pipeline: str) -> dict[str, Any]:
     figures |= {f"{stage['name']}_seconds": stage["seconds"] for stage in report["stages"]}
     in_stages = sum(stage["seconds"] for stage in report["stages"])
     figures["between_stages_seconds"] = round(seconds - in_stages, 1)
-    figures |= {f"{system}.{name}": v for system, values in report["metrics"].items() for name, v in values.items()}
+    for system, values in report["metrics"].items():
+        figures |= {f"{system}.{name}": value for name, value in values.items()}
     return figures

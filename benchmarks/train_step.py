@@ -1,11 +1,11 @@
 """Training throughput of Gemma 3 270M with LoRA on LawBench, beside a plain transformers + PEFT loop.
 
-Both see the same examples, in batches of the same examples, in the same process, interleaved, and must have the
-same loss first (in float32 within 1e-3). The peer is the loop of most tutorials: pad the batch, pass `labels`, full
-logits over 262,144 words at every position, float32.
+Both see the same batches in one process, in turn, and must have the same loss first (float32, within 1e-3).
+The peer is the loop of most tutorials: pad the batch, pass `labels`, full logits over 262,144 words at every
+position, float32.
 
-Limit by arithmetic: a LoRA step costs 4 FLOP a weight and token in the body (100M weights) and, for each answer token,
-4 FLOP a weight of the vocabulary projection (168M).
+Limit by arithmetic: a LoRA step costs 4 FLOP a weight and token in the body (100M weights) and, for each
+answer token, 4 FLOP a weight of the vocabulary projection (168M).
 """
 
 from __future__ import annotations

@@ -51,7 +51,13 @@ def submit(
     if target != "local":
         raise UsageError(f"--target {target}: only `local` can run here", "use --target local")
     submitting.interruptible()
-    report = submitting.run_local(spec, set_ or [])
+    try:
+        report = submitting.run_local(spec, set_ or [])
+    except TuneyardError as error:
+        if as_json:
+            facts = {"what": error.what, "todo": error.todo, "exit_code": error.exit_code}
+            typer.echo(json.dumps({"status": "failed", "exit_code": error.exit_code, "error": facts}))
+        raise
     if as_json:
         typer.echo(report.to_json())
     else:

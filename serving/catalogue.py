@@ -69,13 +69,14 @@ class Catalogue:
         entry = self._entries.get(name)
         if entry is not None:
             return entry
+        shown = name[:80]
         if self._stopping.is_set() or name in self._missing or not self._listed:
             reason = self._missing.get(name) or self._trouble
             raise Fault(
-                503, f"model {name!r} is not ready: {reason}", "model", "not_ready", {"Retry-After": "2"}
+                503, f"model {shown!r} is not ready: {reason}", "model", "not_ready", {"Retry-After": "2"}
             )
         known = sorted(self._entries)
-        raise Fault(404, f"there is no model {name!r} here; in service: {known}", "model", "model_not_found")
+        raise Fault(404, f"there is no model {shown!r} here; in service: {known}", "model", "model_not_found")
 
     def causal(self, name: str) -> CausalModel:
         """A model that generates text.

@@ -11,7 +11,6 @@ from components.compress import encoder, merge, page, proof
 from components.compress.config import CompressConfig
 from components.compress.encoder import EncoderProof
 from components.compress.proof import Proof
-from components.shared import sources
 from components.shared.errors import TuneyardError
 from components.shared.modelcard import ModelCard
 from components.shared.stage import Artifact, Context, Result
@@ -46,7 +45,7 @@ def compress(config: CompressConfig, inputs: Mapping[str, Artifact], context: Co
             facts, metrics, rows = whole.facts(), _causal_metrics(whole), page.causal_rows(whole, config)
             if card.layout == "peft":
                 # An adapter answers only together with its base.
-                before += weight_bytes(sources.model_folder(card.base_model.uri, context.store))
+                before += weight_bytes(card.base_model.folder(context.store))
         case task, layout:
             raise TuneyardError(
                 f"{folder}: nothing to compress in a {task} model of layout {layout!r}",

@@ -127,7 +127,7 @@ def compress_encoder(folder: Path, target: Path, work: Path, min_agreement: floa
     Args:
         folder: model folder of layout transformers.
         target: where `model.onnx`, tokenizer files, config.json and tuneyard.json go.
-        work: for the float32 graphs in between.
+        work: for the float32 graph in between.
         min_agreement: see CompressConfig.
 
     Raises:
@@ -141,15 +141,13 @@ def compress_encoder(folder: Path, target: Path, work: Path, min_agreement: floa
         folder, attn_implementation="eager", dtype="float32", local_files_only=True, use_safetensors=True
     ).eval()
     shutil.copytree(folder, target, ignore=shutil.ignore_patterns("*.safetensors*", NAME))
-    plain, fused = work / "float32.onnx", work / "fused.onnx"
-    quantise.export(model, plain)
-    quantise.fuse(plain, fused, model.config.num_attention_heads, model.config.hidden_size)
-    quantise.quantise(fused, target / MODEL)
+    whole = work / "float32.onnx"
+    quantise.export(model, whole)
+    quantise.quantise(whole, target / MODEL)
     card.model_copy(update={"layout": "onnx"}).write(target)
     batches = _batches(tokenizer, card.max_length_tokens)
-    logits = torch_logits(model, batches), onnx_logits(fused, batches), onnx_logits(target / MODEL, batches)
+    logits = torch_logits(model, batches), onnx_logits(whole, batches), onnx_logits(target / MODEL, batches)
     proof = judge(*logits)
     insist(proof, min_agreement, str(folder))
-    plain.unlink()
-    fused.unlink()
+    whole.unlink()
     return proof

@@ -11,7 +11,7 @@ from typing import Any
 
 from components.compress import probes, proof
 from components.compress.proof import Proof, Reference
-from components.shared import causal, chat, sources
+from components.shared import causal, chat
 from components.shared.errors import TuneyardError
 from components.shared.modelcard import NAME, ModelCard
 from components.shared.store import Store
@@ -124,9 +124,7 @@ def merge_adapter(folder: Path, target: Path, store: Store, bound: float) -> Pro
         tuned = tuned_tensors(file.keys())
     reference = Reference(sequences, base_logits, proof.logits(adapted, sequences), base_digests, tuned)
     merged = _merged(adapted, folder)
-    storage = settle_storage(
-        merged, stored_dtype(sources.model_folder(card.base_model.uri, store)), reference, bound
-    )
+    storage = settle_storage(merged, stored_dtype(card.base_model.folder(store)), reference, bound)
     written = proof.digests(merged)
     save(merged, folder, target, card)
     del base, adapted, merged  # the reloaded model needs the room

@@ -11,7 +11,7 @@ from typing import Any
 from components.evaluate import baselines, class_metrics, predictions, resources
 from components.evaluate.config import EvaluateConfig
 from components.evaluate.findings import Findings
-from components.shared import causal, jsonl, sources
+from components.shared import causal, jsonl
 from components.shared.errors import TuneyardError
 from components.shared.modelcard import ModelCard
 from components.shared.progress import Progress
@@ -153,22 +153,11 @@ def _weight_bytes(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.iterdir() if path.suffix in _WEIGHTS)
 
 
-def _base_folder(card: ModelCard, context: Context) -> Path:
-    uri, tuned_from = card.base_model.uri, card.base_model.fingerprint
-    now = sources.fingerprint(uri, context.store, "model")
-    if now != tuned_from:
-        raise TuneyardError(
-            f"base model {uri} changed since the training ({tuned_from[:12]} then, {now[:12]} now)",
-            "restore it, or submit again so that the model is trained on the new base",
-        )
-    return sources.model_folder(uri, context.store)
-
-
 def _probe(
     exam: Exam, train: Sequence[Mapping[str, Any]], card: ModelCard, context: Context
 ) -> tuple[dict[str, Any], Any]:
     """The base, frozen, under a logistic regression."""
-    folder = _base_folder(card, context)
+    folder = card.base_model.folder(context.store)
     few = baselines.probe_examples(train)
     encodings = _encode(folder, [*exam.texts, *(row["text"] for row in few)], exam)
     progress = Progress("base: texts", len(encodings), "texts")

@@ -61,8 +61,8 @@ class EvaluateConfig(Settings):
         max_generated: how many test examples are answered in full (for exact match, ROUGE-L and BLEU); loss
             is always over all. They are the first by example id, so the same ones in each run.
         max_new_tokens: longest answer in tokens; None: the longest reference, in tokens, up to 512.
-        per_device_batch_size: texts or prompts in one forward pass. A token for 32 prompts takes a processor no
-            longer than for 16: it waits for the weights either way.
+        per_device_batch_size: texts or prompts in one forward pass. On a CPU, the next token of 32 prompts
+            takes no longer than that of 16: it waits for the weights either way.
     """
 
     gates: dict[str, Bound] = Field(default_factory=dict)

@@ -96,6 +96,8 @@ def metric_rows(findings: Findings, names: Sequence[str]) -> list[dict[str, Any]
         ours, theirs = values.get(findings.ships), values.get("base")
         if ours is not None and theirs is not None:
             difference = ours - theirs
+            if _shown(metric, abs(difference)) == _shown(metric, 0.0):
+                difference = 0.0  # what a reader sees as no difference gets no sign and no colour
         rows.append(
             {
                 "title": title,

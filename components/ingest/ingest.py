@@ -8,6 +8,7 @@ import logging
 import unicodedata
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -38,18 +39,18 @@ def normalise(text: str, how: Normalise) -> str:
     return text.strip() if how.trim else text
 
 
-def _text(value: Any, field: str, how: Normalise) -> tuple[str, str | Fault]:
+def _text(value: Any, name: str, how: Normalise) -> tuple[str, str | Fault]:
     """The value as it was, and normalised or a fault."""
     if value is None:
-        return "", Fault("missing_field", field, "null")
-    if isinstance(value, (int, float)) and not isinstance(value, bool) and field == "label":
+        return "", Fault("missing_field", name, "null")
+    if isinstance(value, (int, float)) and not isinstance(value, bool) and name == "label":
         value = str(value)
     if not isinstance(value, str):
-        return "", Fault("wrong_type", field, f"{type(value).__name__}, not text")
+        return "", Fault("wrong_type", name, f"{type(value).__name__}, not text")
     try:
         value.encode()
     except UnicodeEncodeError as error:
-        return "", Fault("bad_encoding", field, str(error))
+        return "", Fault("bad_encoding", name, str(error))
     return value, normalise(value, how)
 
 
@@ -72,28 +73,28 @@ def to_example(row: Mapping[str, Any], config: IngestConfig) -> dict[str, Any] |
     """A row of the source as an example without origin, or why it cannot be one."""
     example: dict[str, Any] = {}
     original: dict[str, Any] = {}
-    for field in examples.fields(config.format):
-        column = config.columns.get(field, field)
-        optional = field in examples.OPTIONAL[config.format] and field not in config.columns
+    for name in examples.fields(config.format):
+        column = config.columns.get(name, name)
+        optional = name in examples.OPTIONAL[config.format] and name not in config.columns
         if column is None:
             continue
         if column not in row:
             if optional:
                 continue
             return Fault(
-                "missing_field", field, f"no column {column!r}; the row has {sorted(map(str, row))[:12]}"
+                "missing_field", name, f"no column {column!r}; the row has {sorted(map(str, row))[:12]}"
             )
         if optional and row[column] in (None, ""):
             continue
-        reader = _messages(row[column], config.normalise) if field == "messages" else None
-        before, after = reader or _text(row[column], field, config.normalise)
+        reader = _messages(row[column], config.normalise) if name == "messages" else None
+        before, after = reader or _text(row[column], name, config.normalise)
         if isinstance(after, Fault):
             return after
         if after == "" and not optional:
-            return Fault("empty_field", field, "no text is left after normalisation")
-        example[field] = after
+            return Fault("empty_field", name, "no text is left after normalisation")
+        example[name] = after
         if after != before:
-            original[field] = before
+            original[name] = before
     example_id = hashlib.sha256(digest.canonical(example)).hexdigest()
     extra = {column: row.get(column) for column in config.keep}
     return (
@@ -160,6 +161,62 @@ def _page(summary: Mapping[str, Any]) -> str:
     )
 
 
+@dataclass
+class _Account:
+    """What became of the rows read so far."""
+
+    by_reason: Counter[str] = field(default_factory=Counter)
+    by_part: Counter[str] = field(default_factory=Counter)
+    normalised: Counter[str] = field(default_factory=Counter)
+    quarantine: list[dict[str, Any]] = field(default_factory=list)
+
+    def refuse(self, part: str, file: str, line: int, fault: Fault, row: Any) -> None:
+        """Put a row in quarantine."""
+        raw = fault.raw or ("" if isinstance(row, Fault) else str(dict(row))[:500])
+        self.by_reason[fault.reason] += 1
+        place = {"file": file, "line": line, "part": part, "field": fault.field}
+        what = {"reason": fault.reason, "detail": fault.detail}
+        self.quarantine.append({**place, **what, "raw": raw.encode("utf-8", "backslashreplace").decode()})
+
+    def summary(self) -> dict[str, Any]:
+        """Counts that add up: read = kept + quarantined."""
+        kept, refused = sum(self.by_part.values()), len(self.quarantine)
+        return {
+            "read": kept + refused,
+            "kept": kept,
+            "quarantined": refused,
+            "by_reason": dict(sorted(self.by_reason.items())),
+            "by_part": dict(self.by_part),
+            "normalised": dict(sorted(self.normalised.items())),
+        }
+
+
+def _kept(config: IngestConfig, store: Store, account: _Account) -> Iterator[dict[str, Any]]:
+    """The examples of a source, while the account takes note of every row."""
+    progress = Progress("ingest", 0, "rows")
+    for part, file, line, row in _rows(config, store):
+        progress.advance()
+        example = row if isinstance(row, Fault) else to_example(row, config)
+        if isinstance(example, Fault):
+            account.refuse(part, file, line, example, row)
+            continue
+        account.by_part[part] += 1
+        account.normalised.update(list(example.get("original", {})))
+        yield {**example, "origin": {"file": file, "line": line, "part": part}}
+
+
+def _refuse_nothing_kept(config: IngestConfig, account: _Account) -> None:
+    if account.by_part:
+        return
+    nothing = {"file": config.source, "line": 0, "reason": "no rows", "detail": ""}
+    first = account.quarantine[0] if account.quarantine else nothing
+    raise StageStopped(
+        f"ingest: 0 of {len(account.quarantine)} rows of {config.source} could be kept; the first, "
+        f"{first['file']}:{first['line']}: {first['reason']} ({first['detail']})",
+        "map your column names with `ingest.columns: {field: column}`",
+    )
+
+
 def ingest(config: IngestConfig, inputs: Mapping[str, Artifact], context: Context) -> Result:
     """Read the corpus and write `examples` and `quarantine`.
 
@@ -167,69 +224,18 @@ def ingest(config: IngestConfig, inputs: Mapping[str, Artifact], context: Contex
         TuneyardError: no data file at the source.
         StageStopped: not one row could be kept.
     """
-    counts: Counter[str] = Counter()
-    parts: Counter[str] = Counter()
-    changed: Counter[str] = Counter()
-    quarantine: list[dict[str, Any]] = []
-    progress = Progress("ingest", 0, "rows")
-
-    def kept() -> Iterator[dict[str, Any]]:
-        for part, file, line, row in _rows(config, context.store):
-            progress.advance()
-            example = row if isinstance(row, Fault) else to_example(row, config)
-            if isinstance(example, Fault):
-                raw = example.raw or ("" if isinstance(row, Fault) else str(dict(row))[:500])
-                counts[example.reason] += 1
-                quarantine.append(
-                    {
-                        "file": file,
-                        "line": line,
-                        "part": part,
-                        "reason": example.reason,
-                        "field": example.field,
-                    }
-                    | {"detail": example.detail, "raw": raw.encode("utf-8", "backslashreplace").decode()}
-                )
-                continue
-            parts[part] += 1
-            changed.update(list(example.get("original", {})))
-            yield {**example, "origin": {"file": file, "line": line, "part": part}}
-
-    count = jsonl.write(context.out / "examples" / "examples.jsonl", kept())
-    jsonl.write(context.out / "quarantine" / "quarantine.jsonl", quarantine)
-    summary: dict[str, Any] = {
-        "read": count + len(quarantine),
-        "kept": count,
-        "quarantined": len(quarantine),
-        "by_reason": dict(sorted(counts.items())),
-        "by_part": dict(parts),
-        "normalised": dict(sorted(changed.items())),
-    }
+    account = _Account()
+    jsonl.write(context.out / "examples" / "examples.jsonl", _kept(config, context.store, account))
+    jsonl.write(context.out / "quarantine" / "quarantine.jsonl", account.quarantine)
+    _refuse_nothing_kept(config, account)
+    summary = account.summary()
     (context.out / "quarantine" / "summary.json").write_bytes(digest.canonical(summary))
     (context.out / "page.html").write_text(_page(summary))
-    if not count:
-        first = (
-            quarantine[0]
-            if quarantine
-            else {"file": config.source, "line": 0, "reason": "no rows", "detail": ""}
-        )
-        raise StageStopped(
-            f"ingest: 0 of {len(quarantine)} rows of {config.source} could be kept; the first, "
-            f"{first['file']}:{first['line']}: {first['reason']} ({first['detail']})",
-            "map your column names with `ingest.columns: {field: column}`",
-        )
+    source = {"dataset_type": config.format, "source": config.source, "revision": config.revision}
     return Result(
         kinds={"examples": "dataset", "quarantine": "dataset"},
-        metadata={
-            "examples": {
-                "dataset_type": config.format,
-                "source": config.source,
-                "revision": config.revision,
-                **summary,
-            },
-            "quarantine": summary,
-        },
-        metrics={"rows_read": summary["read"], "rows_kept": count, "rows_quarantined": len(quarantine)},
+        metadata={"examples": {**source, **summary}, "quarantine": summary},
+        metrics={f"rows_{name}": summary[name] for name in ("read", "kept", "quarantined")},
         summary=summary,
         page=context.out / "page.html",
     )

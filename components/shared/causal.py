@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from components.shared import chat, examples, sources
+from components.shared import chat, examples
 from components.shared.errors import TuneyardError
 from components.shared.loss import token_nats
 from components.shared.modelcard import ModelCard
@@ -66,14 +66,7 @@ def load_base(card: ModelCard, store: Store, precision: Precision) -> tuple[Any,
     Raises:
         TuneyardError: the base at its URI is no longer the one that was tuned.
     """
-    uri, tuned_from = card.base_model.uri, card.base_model.fingerprint
-    now = sources.fingerprint(uri, store, "model")
-    if now != tuned_from:
-        raise TuneyardError(
-            f"base model {uri} changed since the training ({tuned_from[:12]} then, {now[:12]} now)",
-            "restore it, or submit again so that the model is trained on the new base",
-        )
-    return open_folder(sources.model_folder(uri, store), precision)
+    return open_folder(card.base_model.folder(store), precision)
 
 
 def open_folder(folder: Path, precision: Precision) -> tuple[Any, Any]:

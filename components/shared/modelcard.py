@@ -8,17 +8,41 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
+from components.shared import sources
 from components.shared.errors import TuneyardError
+from components.shared.store import Store
 
 NAME = "tuneyard.json"
 
 
 class BaseModelRef(BaseModel):
-    """Where the base came from, and a fingerprint of its content (sources.fingerprint)."""
+    """Where the base came from, and a fingerprint of its content (sources.fingerprint).
+
+    Args:
+        uri: as the pipeline file names it.
+        fingerprint: of what was there when the model was tuned.
+        revision: of a Hugging Face id.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     uri: str
     fingerprint: str
+    revision: str = "main"
+
+    def folder(self, store: Store) -> Path:
+        """A local folder with the base, which must still be the one that was tuned.
+
+        Raises:
+            TuneyardError: it is no longer that one, or not to be had.
+        """
+        now = sources.fingerprint(self.uri, store, "model", self.revision)
+        if now != self.fingerprint:
+            raise TuneyardError(
+                f"base model {self.uri} changed since the training "
+                f"({self.fingerprint[:12]} then, {now[:12]} now)",
+                "restore it, or submit again so that the model is trained on the new base",
+            )
+        return sources.model_folder(self.uri, store, self.revision)
 
 
 class ModelCard(BaseModel):

@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import uuid
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
@@ -20,6 +19,7 @@ from urllib.parse import urlparse
 from components.shared import digest
 from components.shared.errors import TuneyardError
 from components.shared.manifest import FileEntry, Manifest, describe
+from components.shared.placing import into_place, link
 
 _TRANSFERS = 4
 
@@ -172,7 +172,7 @@ class Store:
                 )
             target.parent.mkdir(parents=True, exist_ok=True)
             target.unlink(missing_ok=True)
-            _link(self._cached(entry), target)
+            link(self._cached(entry), target)
 
         with ThreadPoolExecutor(_TRANSFERS) as pool:
             list(pool.map(lay, manifest.files))
@@ -202,7 +202,7 @@ class Store:
         cached = self._cache_path(entry)
         if not cached.exists():
             # Copied, not linked: a stage may still write to its own file; the cache must not follow.
-            _into_place(cached, lambda aside: shutil.copyfile(path, aside))
+            into_place(cached, lambda aside: shutil.copyfile(path, aside))
 
     def _cache_path(self, entry: FileEntry) -> Path:
         return self.cache / "objects" / entry.sha256[:2] / entry.sha256
@@ -230,7 +230,7 @@ class Store:
                     "the object was changed or cut: delete it and submit again",
                 )
 
-        _into_place(path, download)
+        into_place(path, download)
         return path
 
     # --- any prefix that a user filled ------------------------------------------------------------
@@ -279,29 +279,5 @@ class Store:
             with ThreadPoolExecutor(_TRANSFERS) as pool:
                 list(pool.map(one, objects))
 
-        _into_place(folder, download)
+        into_place(folder, download)
         return folder
-
-
-def _link(source: Path, target: Path) -> None:
-    try:
-        os.link(source, target)
-    except OSError:
-        # Another filesystem: a link is impossible there, a copy is not.
-        shutil.copyfile(source, target)
-
-
-def _into_place(path: Path, make: Any) -> None:
-    """Make a file or folder aside, then rename it into place; a rival that was first has made the same."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.parent / f".{path.name}.{uuid.uuid4().hex[:8]}"
-    try:
-        make(aside)
-        if path.exists():
-            return
-        os.replace(aside, path)
-    finally:
-        if aside.is_dir():
-            shutil.rmtree(aside)
-        else:
-            aside.unlink(missing_ok=True)

@@ -117,11 +117,7 @@ def fit(
     torch.manual_seed(config.seed)
     steps = schedule_batches([len(e) for e in train], config)
     optimizer = make_optimizer(objective.model, config)
-    state, best, start = Fit(), {}, 0
-    if found := checkpoint.newest(folder):
-        best = checkpoint.load(found[0], objective.model, optimizer)
-        state, start = Fit(**found[1]["state"]), found[1]["step"]
-        log.info("train: resuming after step %d of %d", start, len(steps))
+    state, best, start = _resume(folder, objective.model, optimizer)
     every = config.eval_steps or max(1, math.ceil(len(steps) / 10))
     progress = Progress("train", len(steps), "steps")
     progress.resume_at(start)
@@ -133,13 +129,8 @@ def fit(
         loss, norm = _update(objective, batches, optimizer, rate, config, precision)
         tokens += sum(len(e) for micro in batches for e in micro)
         speed = tokens / (time.monotonic() - began)
-        row = {
-            "step": number + 1,
-            "loss": loss,
-            "learning_rate": rate,
-            "grad_norm": norm,
-            "tokens_per_second": speed,
-        }
+        row = {"step": number + 1, "loss": loss, "learning_rate": rate, "grad_norm": norm}
+        row["tokens_per_second"] = speed
         last = number + 1 == len(steps)
         if (number + 1) % every == 0 or last:
             row["eval_loss"] = eval_loss(objective, evaluation, config, precision)
@@ -147,14 +138,11 @@ def fit(
         state.history.append(row)
         progress.advance(loss=f"{loss:.3f}", eval=f"{state.best_loss:.3f}", speed=f"{speed:.0f} tokens/s")
         if state.stopped_early:
-            log.info(
-                "train: eval loss has not fallen by min_delta in %d evaluations; stopped early", state.stale
-            )
+            log.info("train: eval loss has not fallen in %d evaluations; stopped early", state.stale)
             break
         if (number + 1) % config.checkpoint_steps == 0 and not last:
-            checkpoint.save(
-                folder, number + 1, objective.model, optimizer, best, asdict(state), config.keep_checkpoints
-            )
+            facts, keep = asdict(state), config.keep_checkpoints
+            checkpoint.save(folder, number + 1, objective.model, optimizer, best, facts, keep)
             report(state.history)
     checkpoint.restore_weights(objective.model, best)
     report(state.history)
@@ -162,8 +150,23 @@ def fit(
     return state
 
 
+def _resume(folder: Path, model: Any, optimizer: Any) -> tuple[Fit, Any, int]:
+    """(state, best weights, updates done) of the newest whole checkpoint, or of a fresh start."""
+    found = checkpoint.newest(folder)
+    if found is None:
+        return Fit(), {}, 0
+    best = checkpoint.load(found[0], model, optimizer)
+    log.info("train: resuming after step %d", found[1]["step"])
+    return Fit(**found[1]["state"]), best, int(found[1]["step"])
+
+
 def _judge(state: Fit, row: dict[str, float], objective: Objective, best: Any, config: TrainConfig) -> Any:
     """Update best weights and patience after an evaluation. Returns the best weights."""
+    if not math.isfinite(row["eval_loss"]):
+        raise TuneyardError(
+            f"train: the eval loss is {row['eval_loss']} after step {row['step']}",
+            "lower train.learning_rate, or set train.precision: float32",
+        )
     stopping = config.early_stopping
     state.stale = (
         0 if row["eval_loss"] < state.best_loss - (stopping.min_delta if stopping else 0) else state.stale + 1

@@ -168,34 +168,22 @@ def train(config: TrainConfig, inputs: Mapping[str, Artifact], context: Context)
     _seed(config.seed)
     rows = {side: _rows(inputs[side]) for side in ("train", "eval")}
     objective = _open(config, rows["train"], context)
-    rows["eval"] = sorted(_known_labels(rows["eval"], objective), key=lambda row: row["id"])[
-        : config.eval_examples
-    ]
-    encoded, ledgers = {}, {}
-    for side in ("train", "eval"):
-        encoded[side], ledgers[side] = fit_lengths(rows[side], objective.encode, objective.shorten, config)
-        if not encoded[side]:
-            raise StageStopped(
-                f"no example of {side} is left to use", "see train.max_length and train.over_length"
-            )
+    judged = sorted(_known_labels(rows["eval"], objective), key=lambda row: row["id"])
+    rows["eval"] = judged[: config.eval_examples]
+    encoded, ledgers = _encode(objective, rows, config)
     moving, total = _weight_counts(objective, config)
     base = BaseModelRef(
         uri=config.base_model,
         fingerprint=sources.fingerprint(config.base_model, context.store, "model", config.revision),
+        revision=config.revision,
     )
-    facts = {"peak_learning_rate": peak_rate(config), "trainable_weights": moving, "total_weights": total}
-    run_id = _resumed_run(context) or _track(
-        config, context, inputs, facts | {"base_fingerprint": base.fingerprint}
-    )
+    facts: dict[str, Any] = {"peak_learning_rate": peak_rate(config), "trainable_weights": moving}
+    facts["total_weights"] = total
+    facts["base_fingerprint"] = base.fingerprint
+    run_id = _resumed_run(context) or _track(config, context, inputs, facts)
     context.work.mkdir(parents=True, exist_ok=True)
     (context.work / "mlflow_run").write_text(run_id)
-    log.info(
-        "train: %d examples, %d of %d weights move (%.2f%%)",
-        len(encoded["train"]),
-        moving,
-        total,
-        100 * moving / total,
-    )
+    log.info("train: %d examples, %d of %d weights move", len(encoded["train"]), moving, total)
     result = _fit_tracked(objective, encoded, config, context, run_id)
     whole = config.adapter.kind == "full" or config.objective == "classification"
     card = ModelCard(
@@ -211,6 +199,19 @@ def train(config: TrainConfig, inputs: Mapping[str, Artifact], context: Context)
     )
     _save(objective, config, card, context)
     return _describe(result, ledgers, card, context, run_id)
+
+
+def _encode(
+    objective: Objective, rows: Mapping[str, list[dict[str, Any]]], config: TrainConfig
+) -> tuple[dict[str, list[Any]], dict[str, Ledger]]:
+    """Each side as token ids under the over-length policy, and its ledger."""
+    encoded, ledgers = {}, {}
+    for side, examples in rows.items():
+        encoded[side], ledgers[side] = fit_lengths(examples, objective.encode, objective.shorten, config)
+        if not encoded[side]:
+            todo = "see train.max_length and train.over_length"
+            raise StageStopped(f"no example of {side} is left to use", todo)
+    return encoded, ledgers
 
 
 def _describe(

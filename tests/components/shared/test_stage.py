@@ -75,7 +75,8 @@ def test_settings_inputs_and_outside_bytes_each_make_it_run(stage, store, tmp_pa
 def test_a_deleted_output_is_no_hit(stage, store):
     commit, _ = stage(Config())
     entry = store.read_manifest(commit["outputs"]["data"]).files[0]
-    store.client.delete_object(Bucket=store.bucket, Key=store.key(f"objects/{entry.sha256[:2]}/{entry.sha256}"))
+    key = store.key(f"objects/{entry.sha256[:2]}/{entry.sha256}")
+    store.client.delete_object(Bucket=store.bucket, Key=key)
     again, calls = stage(Config())
     assert len(calls) == 2 and store.has_tree(store.read_manifest(again["outputs"]["data"]))
 
@@ -88,7 +89,7 @@ def test_an_effect_that_no_longer_holds_is_made_again(stage):
 
 def test_a_stop_is_committed_and_stops_again(stage, store):
     for run in ("run-1", "run-2"):
-        with pytest.raises(StageStopped, match="rouge_l 0.1 is under 0.2") as caught:
+        with pytest.raises(StageStopped, match=r"rouge_l 0\.1 is under 0\.2") as caught:
             stage(Config(stop="rouge_l 0.1 is under 0.2"), run={"id": run, "pipeline": "test"})
         assert caught.value.exit_code == EXIT_STOPPED
         assert store.read_json(f"runs/{run}/ingest.json")["status"] == "stopped"

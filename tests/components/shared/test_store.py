@@ -75,7 +75,12 @@ def test_only_new_files_travel(store, tree, monkeypatch):
     (tree / "new.txt").write_text("new")
     sent = []
     original = store.client.upload_file
-    monkeypatch.setattr(store.client, "upload_file", lambda path, *rest: (sent.append(path), original(path, *rest)))
+
+    def upload(path, *rest):
+        sent.append(path)
+        original(path, *rest)
+
+    monkeypatch.setattr(store.client, "upload_file", upload)
     store.put_tree(tree, "dataset")
     assert sent == [str(tree / "new.txt")]
 
