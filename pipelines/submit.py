@@ -220,7 +220,7 @@ def _take(report: Report, stage: str, commit: Mapping[str, Any], store: Store, s
             "sha256": summary["digest"],
         }
     elif stage == "deploy":
-        report.endpoint = summary.get("endpoint", serving_url)
+        report.endpoint = serving_url
 
 
 def interruptible() -> None:

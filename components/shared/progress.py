@@ -20,18 +20,14 @@ class Progress:
         what: a few words, e.g. `train`.
         total: how many units there are; 0 when unknown.
         unit: e.g. `steps`, `examples`.
+        done: units that an earlier attempt did; the time left is reckoned without them.
     """
 
-    def __init__(self, what: str, total: int, unit: str) -> None:
+    def __init__(self, what: str, total: int, unit: str, done: int = 0) -> None:
         self.what, self.total, self.unit = what, total, unit
-        self.done = 0
-        self._started = time.monotonic()
-        self._first = 0
-        self._shown = 0.0
-
-    def resume_at(self, done: int) -> None:
-        """Start counting from here, so that the time left is right after a resume."""
         self.done = self._first = done
+        self._started = time.monotonic()
+        self._shown = 0.0
 
     def advance(self, units: int = 1, **facts: str) -> None:
         """Some units are done; facts (`loss="2.31"`) are shown beside the count."""

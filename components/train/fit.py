@@ -6,7 +6,7 @@ import contextlib
 import logging
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -112,33 +112,24 @@ def fit(
     Raises:
         TuneyardError: the loss is not finite.
     """
-    import torch
-
-    torch.manual_seed(config.seed)
     steps = schedule_batches([len(e) for e in train], config)
-    optimizer = make_optimizer(objective.model, config)
-    state, best, start = _resume(folder, objective.model, optimizer)
+    optimizer, state, best, start = _begin(folder, objective.model, config)
     every = config.eval_steps or max(1, math.ceil(len(steps) / 10))
-    progress = Progress("train", len(steps), "steps")
-    progress.resume_at(start)
-    objective.model.train()
+    progress = Progress("train", len(steps), "steps", done=start)
     began, tokens = time.monotonic(), 0
     for number in range(start, len(steps)):
         batches = [[train[i] for i in micro] for micro in steps[number]]
         rate = learning_rate(number, len(steps), config)
-        loss, norm = _update(objective, batches, optimizer, rate, config, precision)
+        row = {"step": number + 1, **_update(objective, batches, optimizer, rate, config, precision)}
         tokens += sum(len(e) for micro in batches for e in micro)
-        speed = tokens / (time.monotonic() - began)
-        row = {"step": number + 1, "loss": loss, "learning_rate": rate, "grad_norm": norm}
-        row["tokens_per_second"] = speed
+        row["tokens_per_second"] = tokens / (time.monotonic() - began)
         last = number + 1 == len(steps)
         if (number + 1) % every == 0 or last:
             row["eval_loss"] = eval_loss(objective, evaluation, config, precision)
             best = _judge(state, row, objective, best, config)
         state.history.append(row)
-        progress.advance(loss=f"{loss:.3f}", eval=f"{state.best_loss:.3f}", speed=f"{speed:.0f} tokens/s")
+        _show(progress, row, state)
         if state.stopped_early:
-            log.info("train: eval loss has not fallen in %d evaluations; stopped early", state.stale)
             break
         if (number + 1) % config.checkpoint_steps == 0 and not last:
             facts, keep = asdict(state), config.keep_checkpoints
@@ -150,14 +141,27 @@ def fit(
     return state
 
 
-def _resume(folder: Path, model: Any, optimizer: Any) -> tuple[Fit, Any, int]:
-    """(state, best weights, updates done) of the newest whole checkpoint, or of a fresh start."""
+def _show(progress: Progress, row: Mapping[str, float], state: Fit) -> None:
+    evaluated = f"{state.best_loss:.3f}" if state.best_step else "-"
+    speed = f"{row['tokens_per_second']:.0f} tokens/s"
+    progress.advance(loss=f"{row['loss']:.3f}", eval=evaluated, speed=speed)
+    if state.stopped_early:
+        log.info("train: eval loss has not fallen in %d evaluations; stopped early", state.stale)
+
+
+def _begin(folder: Path, model: Any, config: TrainConfig) -> tuple[Any, Fit, Any, int]:
+    """(optimizer, state, best weights, updates done), from the newest whole checkpoint where there is one."""
+    import torch
+
+    torch.manual_seed(config.seed)
+    optimizer = make_optimizer(model, config)
+    model.train()
     found = checkpoint.newest(folder)
     if found is None:
-        return Fit(), {}, 0
+        return optimizer, Fit(), {}, 0
     best = checkpoint.load(found[0], model, optimizer)
     log.info("train: resuming after step %d", found[1]["step"])
-    return Fit(**found[1]["state"]), best, int(found[1]["step"])
+    return optimizer, Fit(**found[1]["state"]), best, int(found[1]["step"])
 
 
 def _judge(state: Fit, row: dict[str, float], objective: Objective, best: Any, config: TrainConfig) -> Any:
@@ -185,11 +189,12 @@ def _update(
     rate: float,
     config: TrainConfig,
     precision: causal.Precision,
-) -> tuple[float, float]:
+) -> dict[str, float]:
     """One optimizer update; the loss is the mean over all terms of all its micro-batches.
 
     Each micro-batch divides its sum by the terms of the whole update, so k micro-batches give the gradient of
-    one batch however the terms are spread over them. Returns (loss in nats, gradient norm before clipping).
+    one batch however the terms are spread over them. Returns loss (nats), learning_rate and grad_norm (before
+    clipping).
     """
     import torch
 
@@ -211,4 +216,4 @@ def _update(
         group["lr"] = rate
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return loss, norm
+    return {"loss": loss, "learning_rate": rate, "grad_norm": norm}

@@ -154,7 +154,7 @@ def services_of(platform: Platform, ports: Mapping[str, int], runtime: Path) -> 
             stop_seconds=2,
         ),
         Service(
-            "server", server_command(ports["serving"]), urls, checkout, 200, autostart=True, stop_seconds=10
+            "server", server_command(ports["serving"]), urls, checkout, 200, autostart=True, stop_seconds=35
         ),
         Service(
             name="ui",

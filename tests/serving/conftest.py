@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import socket
@@ -208,11 +209,10 @@ class Server:
         until = time.monotonic() + seconds
         while time.monotonic() < until:
             assert self.process.poll() is None, self.log.read_text()
-            try:
+            # It may not be listening yet.
+            with contextlib.suppress(httpx.TransportError):
                 if self.client.get(path).status_code == 200:
                     return
-            except httpx.TransportError:
-                pass  # not listening yet
             time.sleep(0.1)
         raise AssertionError(f"{path} was not 200 in {seconds} s:\n{self.log.read_text()}")
 

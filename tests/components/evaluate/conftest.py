@@ -241,15 +241,16 @@ def _export(model, batch, path: Path) -> None:
         def forward(self, input_ids, attention_mask):
             return self.model(input_ids=input_ids, attention_mask=attention_mask).logits
 
-    shape = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}
+    shape = {0: "batch", 1: "tokens"}
     torch.onnx.export(
         Logits().eval(),
         (batch["input_ids"], batch["attention_mask"]),
         path,
         input_names=["input_ids", "attention_mask"],
         output_names=["logits"],
-        dynamic_shapes=(shape, shape),
-        dynamo=True,
+        dynamic_axes={"input_ids": shape, "attention_mask": shape, "logits": {0: "batch"}},
+        opset_version=17,
+        dynamo=False,
         verbose=False,
     )
 

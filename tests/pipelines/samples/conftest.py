@@ -59,7 +59,9 @@ def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, st
     log = folder.with_suffix(".log")
     with log.open("w") as output:
         server = subprocess.Popen(command, env={**os.environ, **credentials}, stdout=output, stderr=output)
-    region = {"AWS_DEFAULT_REGION": "us-east-1", "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}"}
+    url = f"http://127.0.0.1:{port}"
+    # The narrower name wins over the other, and the suite's own platform may have set it.
+    region = {"AWS_DEFAULT_REGION": "us-east-1", "AWS_ENDPOINT_URL": url, "AWS_ENDPOINT_URL_S3": url}
     try:
         _wait_until_it_answers(server, region | credentials, log)
         yield credentials | region

@@ -159,7 +159,8 @@ def test_a_damaged_marker_is_no_marker(tmp_path: Path, store: str, uri: str) -> 
 
 
 def test_a_store_that_is_down_is_named(tmp_path: Path, uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    for name in ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
     with pytest.raises(TuneyardError, match=r"S3 store at http://127\.0\.0\.1:9 failed") as caught:
         ensure([uri], tmp_path)
