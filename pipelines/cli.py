@@ -245,7 +245,8 @@ def main() -> None:
     for noisy in ("botocore", "boto3", "urllib3", "s3transfer", "httpx", "alembic"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     try:
-        app(standalone_mode=False)
+        # Not standing alone, click hands an Exit's code back instead of ending with it.
+        code = app(standalone_mode=False)
     except TuneyardError as error:
         sys.stderr.write(f"{error}\n")
         sys.exit(error.exit_code)
@@ -256,6 +257,7 @@ def main() -> None:
         if type(error).__module__.startswith(("click", "typer")):
             _usage(error)
         raise
+    sys.exit(code if isinstance(code, int) else 0)
 
 
 def _usage(error: Any) -> None:
