@@ -115,7 +115,7 @@ def test_the_finance_line_serves_int8_beside_it(home, legal, finance):
 def test_runs_lists_them_and_rollback_needs_a_champion_before(home, legal, finance):
     names = [run["pipeline"] for run in json.loads(tuneyard(home, "runs", "--json"))]
     assert names[0] == "classify_finance" and "sft_legal" in names
-    assert "champion" in tuneyard(home, "rollback", "classify_finance", code=1)
+    assert "no earlier champion" in tuneyard(home, "rollback", "classify_finance", code=2)
 
 
 def test_a_wrong_file_says_everything_at_once(home, tmp_path):
