@@ -105,7 +105,7 @@ def test_a_changed_gate_runs_from_evaluate_on_and_stops_the_line(home, legal):
 def test_the_finance_line_serves_int8_beside_it(home, legal, finance):
     assert finance["status"] == "done"
     tuned, shipped = finance["metrics"]["tuned"], finance["metrics"]["compressed"]
-    # After thirty updates many texts lie near a border (accuracy 0.61), where int8 noise decides: 1.6 points seen.
+    # After thirty updates many texts lie near a border, where int8 noise decides: 1.6 points were seen.
     assert abs(tuned["accuracy"] - shipped["accuracy"]) <= 0.05
     assert 0.9 < finance["metrics"]["tfidf_logreg"]["accuracy"] < 1
     answer = tuneyard(home, "ask", "classify_finance", "oil prices rose as opec cut crude output")
