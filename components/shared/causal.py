@@ -69,14 +69,24 @@ def load_base(card: ModelCard, store: Store, precision: Precision) -> tuple[Any,
     return open_folder(card.base_model.folder(store), precision)
 
 
-def open_folder(folder: Path, precision: Precision) -> tuple[Any, Any]:
-    """Load a transformers causal model and its tokenizer from a local folder, in eval mode."""
+def open_folder(folder: Path, precision: Precision, settings: Any = None) -> tuple[Any, Any]:
+    """Load a transformers causal model and its tokenizer from a local folder, in eval mode.
+
+    Args:
+        folder: of the model.
+        precision: what the weights are held in.
+        settings: a transformers config to use in place of the folder's own.
+    """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer = chat.prepare(AutoTokenizer.from_pretrained(folder, local_files_only=True))
     model = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=getattr(torch, precision), local_files_only=True, use_safetensors=True
+        folder,
+        config=settings,
+        dtype=getattr(torch, precision),
+        local_files_only=True,
+        use_safetensors=True,
     )
     return model.to(device()).eval(), tokenizer
 

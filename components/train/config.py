@@ -55,6 +55,7 @@ class TrainConfig(Settings):
         weight_decay: of AdamW, on matrices only.
         max_grad_norm: gradients are clipped to this global norm.
         label_smoothing: 0-1.
+        dropout: of the base model's own layers, in training; None keeps what its config.json says.
         max_length: tokens of an example.
         over_length: what happens to a longer one: `drop` it, `truncate_prompt` from its left (an answer is
             never cut), or stop with an `error`. Each is counted with its origin.
@@ -83,6 +84,7 @@ class TrainConfig(Settings):
     weight_decay: float = Field(0.01, ge=0)
     max_grad_norm: float = Field(1.0, gt=0)
     label_smoothing: float = Field(0.0, ge=0, lt=1)
+    dropout: float | None = Field(None, ge=0, lt=1)
     max_length: int = Field(512, ge=8)
     over_length: Literal["drop", "truncate_prompt", "error"] = "drop"
     max_over_length: float = Field(0.05, ge=0, le=1)

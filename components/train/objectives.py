@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,8 +41,9 @@ class Objective(Protocol):
 class Sft:
     """Supervised fine-tuning: next-token loss on the assistant's answer alone."""
 
-    def __init__(self, folder: Path, precision: causal.Precision) -> None:
-        self.model, self.tokenizer = causal.open_folder(folder, precision)
+    def __init__(self, folder: Path, precision: causal.Precision, dropout: float | None = None) -> None:
+        settings = base_settings(folder, dropout)
+        self.model, self.tokenizer = causal.open_folder(folder, precision, settings)
 
     def encode(self, example: Mapping[str, Any]) -> Encoded:
         """See Objective."""
@@ -77,20 +79,18 @@ class Labelled:
 class Classification:
     """One label for each text, by cross-entropy over the classes."""
 
-    def __init__(self, folder: Path, labels: Sequence[str]) -> None:
+    def __init__(self, folder: Path, labels: Sequence[str], dropout: float | None = None) -> None:
         from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
         self.labels = {label: index for index, label in enumerate(labels)}
         self.tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         if self.tokenizer.pad_token_id is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
+        settings = base_settings(folder, dropout)
+        settings.id2label = dict(enumerate(labels))  # how many there are goes by this
+        settings.label2id = self.labels
         self.model = AutoModelForSequenceClassification.from_pretrained(
-            folder,
-            num_labels=len(labels),
-            id2label=dict(enumerate(labels)),
-            label2id=self.labels,
-            local_files_only=True,
-            use_safetensors=True,
+            folder, config=settings, local_files_only=True, use_safetensors=True
         ).to(causal.device())
         self.model.config.pad_token_id = self.tokenizer.pad_token_id
 
@@ -120,6 +120,31 @@ class Classification:
         return torch.nn.functional.cross_entropy(
             logits, targets, reduction="sum", label_smoothing=label_smoothing
         )
+
+
+_DROPOUT = re.compile(r"(^|_)(dropout(_prob|_rate)?|pdrop)$")
+# On a CPU the backward pass of PyTorch's fused attention is several times slower than two plain products,
+# which keep a matrix [heads, tokens, tokens] for each example; beyond this many tokens that matters.
+_PLAIN_ATTENTION_TOKENS = 1024
+
+
+def base_settings(folder: Path, dropout: float | None) -> Any:
+    """The base model's own config, with every dropout of it set to `dropout` unless that is None."""
+    from transformers import AutoConfig
+
+    settings = AutoConfig.from_pretrained(folder, local_files_only=True)
+    if dropout is not None:
+        for part in {id(part): part for part in (settings, settings.get_text_config())}.values():
+            for name, value in part.to_dict().items():
+                if _DROPOUT.search(name) and isinstance(value, int | float):
+                    setattr(part, name, dropout)
+    return settings
+
+
+def choose_attention(model: Any, max_length: int) -> None:
+    """Switch a model to the attention that trains fastest at this length on this device."""
+    if causal.device().type == "cpu" and max_length <= _PLAIN_ATTENTION_TOKENS:
+        model.set_attn_implementation("eager")
 
 
 def apply_adapter(objective: Objective, config: TrainConfig) -> None:

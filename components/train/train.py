@@ -17,7 +17,14 @@ from components.train import checkpoint, curves
 from components.train.config import TrainConfig
 from components.train.data import Ledger, fit_lengths
 from components.train.fit import Fit, fit, peak_rate
-from components.train.objectives import Classification, Objective, Sft, apply_adapter, template_probe
+from components.train.objectives import (
+    Classification,
+    Objective,
+    Sft,
+    apply_adapter,
+    choose_attention,
+    template_probe,
+)
 
 log = logging.getLogger("tuneyard.train")
 
@@ -47,14 +54,16 @@ def _open(config: TrainConfig, train: Sequence[Mapping[str, Any]], context: Cont
     folder = sources.model_folder(config.base_model, context.store, config.revision)
     if config.objective == "sft":
         precision = causal.preferred_precision(config.precision)
-        objective: Objective = Sft(folder, precision if config.adapter.kind == "lora" else "float32")
+        held = precision if config.adapter.kind == "lora" else "float32"
+        objective: Objective = Sft(folder, held, config.dropout)
     else:
         labels = sorted({row["label"] for row in train})
         if len(labels) < 2:
             raise StageStopped(
                 f"classification needs two labels or more; train has {labels}", "check ingest.columns"
             )
-        objective = Classification(folder, labels)
+        objective = Classification(folder, labels, config.dropout)
+    choose_attention(objective.model, config.max_length)
     apply_adapter(objective, config)
     if config.gradient_checkpointing:
         objective.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})

@@ -17,7 +17,7 @@ from components.train import checkpoint
 from components.train.config import TrainConfig
 from components.train.data import fit_lengths, schedule_batches
 from components.train.fit import _update, fit, learning_rate, make_optimizer
-from components.train.objectives import Classification, Sft, apply_adapter
+from components.train.objectives import Classification, Sft, apply_adapter, choose_attention
 
 ORIGIN = {"file": "corpus.jsonl", "line": 7, "part": "main"}
 
@@ -209,6 +209,42 @@ def test_a_loss_that_is_not_finite_stops_with_what_to_do():
     config = settings_for()
     with pytest.raises(TuneyardError, match="nan at learning rate"):
         _update(broken, [[1]], make_optimizer(broken.model, config), 1e-3, config, "float32")
+
+
+@pytest.mark.parametrize("dropout", [None, 0.0, 0.3])
+def test_the_bases_own_dropout_is_what_was_asked_for(tiny_causal, tiny_encoder, dropout):
+    for model in (
+        Sft(tiny_causal, "float32", dropout).model,
+        Classification(tiny_encoder, ["a", "b"], dropout).model,
+    ):
+        found = {module.p for module in model.modules() if isinstance(module, torch.nn.Dropout)}
+        # In a Bert they are layers; in a decoder such as this one attention's share is a plain number.
+        found |= {
+            module.attention_dropout for module in model.modules() if hasattr(module, "attention_dropout")
+        }
+        usual = 0.0 if hasattr(model.config, "attention_dropout") else 0.1
+        assert found == {usual if dropout is None else dropout}
+
+
+def test_plain_attention_gives_the_gradient_of_fused_attention(sft):
+    batch = [sft.encode(row) for row in examples(5)]
+    apply_adapter(sft, settings_for(adapter={"kind": "full"}))
+    gradients = []
+    for attention in ("sdpa", "eager"):
+        sft.model.set_attn_implementation(attention)
+        sft.model.zero_grad()
+        sft.summed_loss(batch, 0.0).backward()
+        gradients.append([w.grad.clone() for w in sft.model.parameters()])
+    for fused, plain in zip(*gradients, strict=True):
+        torch.testing.assert_close(plain, fused, rtol=1e-3, atol=1e-4)  # float32 in another order
+
+
+def test_a_long_run_keeps_the_attention_whose_memory_is_linear(sft):
+    before = sft.model.config._attn_implementation
+    choose_attention(sft.model, 8192)
+    assert sft.model.config._attn_implementation == before == "sdpa"
+    choose_attention(sft.model, 512)
+    assert sft.model.config._attn_implementation == "eager"
 
 
 def test_classification_cuts_as_the_tokenizer_does(tiny_encoder):
