@@ -61,7 +61,7 @@ def make_optimizer(model: Any, config: TrainConfig) -> Any:
         {"params": [w for w in weights if w.ndim > 1], "weight_decay": config.weight_decay},
         {"params": [w for w in weights if w.ndim <= 1], "weight_decay": 0.0},
     ]
-    # fused: one pass over the weights; the default takes a pass for each operation, six times as long on a CPU.
+    # fused: one pass over the weights; the default makes one for each operation, six times as long on a CPU.
     return torch.optim.AdamW([g for g in groups if g["params"]], lr=peak_rate(config), fused=True)
 
 
