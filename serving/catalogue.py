@@ -216,7 +216,7 @@ class Catalogue:
         """One try at everything that is desired and not there. Returns whether nothing is left to do."""
         try:
             if not self._listed:
-                names = self._open_store().names(DEPLOYMENTS)
+                names = self._open_store().impatient().names(DEPLOYMENTS)
                 wanted = [
                     n.removeprefix(DEPLOYMENTS).removesuffix(".json") for n in names if n.endswith(".json")
                 ]

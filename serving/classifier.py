@@ -63,10 +63,6 @@ class Classifier:
         card: labels and length.
         tokenizer: its tokenizer.
         forward: batch of int64 numpy arrays [texts, tokens] by input name -> logits [texts, labels].
-        alone: answer each text by itself. int8 activations get one scale for the whole batch, so neighbours
-            change a verdict: MiniLM's logits moved by 0.07-0.12, half their spread, beside 15 others. And it
-            costs little on a CPU: 0.055 s instead of 0.039 s for 16 texts of 32 tokens, 0.27 s instead of
-            0.31 s for 128 tokens (one thread).
         platform: name of the runtime, for the metadata.
     """
 
@@ -78,11 +74,10 @@ class Classifier:
         card: ModelCard,
         tokenizer: Any,
         forward: Forward,
-        alone: bool,
         platform: str,
     ) -> None:
         self.identity, self.card, self.platform = identity, card, platform
-        self._tokenizer, self._forward, self._alone = tokenizer, forward, alone
+        self._tokenizer, self._forward = tokenizer, forward
         self._mailbox: Mailbox[TextJob] = Mailbox(MAX_WAITING)
         self._working = 0
         self._abort = threading.Event()
@@ -185,7 +180,8 @@ class Classifier:
     def _verdicts(self, jobs: Sequence[TextJob]) -> list[Verdicts]:
         rows, cut = self._encode([text for job in jobs for text in job.texts])
         probabilities: list[list[float]] = [[] for _ in rows]
-        for batch in _by_length([len(row["input_ids"]) for row in rows], 1 if self._alone else _BATCH_TOKENS):
+        room = 1 if self.card.one_at_a_time else _BATCH_TOKENS
+        for batch in _by_length([len(row["input_ids"]) for row in rows], room):
             for index, found in zip(batch, self._probabilities([rows[i] for i in batch]), strict=True):
                 probabilities[index] = found
         verdicts, at = [], 0

@@ -78,7 +78,7 @@ def _open(
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     onnx = card.layout == "onnx"
     forward = _onnx_forward(folder) if onnx else _torch_forward(folder)
-    return Classifier(identity, card, tokenizer, forward, alone=onnx, platform="onnx" if onnx else "pytorch")
+    return Classifier(identity, card, tokenizer, forward, platform="onnx" if onnx else "pytorch")
 
 
 def _onnx_forward(folder: Path) -> Forward:

@@ -48,12 +48,18 @@ class Store:
     Args:
         root: `s3://bucket[/prefix]` of the artifact store.
         cache: local directory; may be emptied at any time nothing runs.
+        attempts: at each request. Ten span the seconds in which a killed store is started again.
     """
 
-    def __init__(self, root: str, cache: Path) -> None:
+    def __init__(self, root: str, cache: Path, attempts: int = 10) -> None:
         self.root = root.rstrip("/")
         self.bucket, self._prefix = split_uri(self.root + "/")
         self.cache = cache
+        self._attempts = attempts
+
+    def impatient(self) -> Store:
+        """The same store for a caller that asks again by itself: a request fails in seconds, not a minute."""
+        return Store(self.root, self.cache, attempts=2)
 
     @classmethod
     def from_environment(cls) -> Store:
@@ -74,8 +80,7 @@ class Store:
         import boto3
         from botocore.config import Config
 
-        # Ten attempts span the seconds in which a killed store is started again.
-        config = Config(retries={"max_attempts": 10, "mode": "standard"}, max_pool_connections=16)
+        config = Config(retries={"max_attempts": self._attempts, "mode": "standard"}, max_pool_connections=16)
         return boto3.session.Session().client("s3", config=config)
 
     def key(self, name: str) -> str:
