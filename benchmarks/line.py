@@ -78,6 +78,13 @@ def run(pipeline: str) -> dict[str, Any]:
     }
     figures |= {f"{stage['name']}_seconds": stage["seconds"] for stage in report["stages"]}
     in_stages = sum(stage["seconds"] for stage in report["stages"])
+    arithmetic = sum(stage.get("arithmetic_seconds", 0.0) for stage in report["stages"])
+    figures["not_arithmetic_share"] = round(1 - arithmetic / seconds, 3)
+    figures |= {
+        f"{stage['name']}_arithmetic_seconds": stage["arithmetic_seconds"]
+        for stage in report["stages"]
+        if stage.get("arithmetic_seconds")
+    }
     figures["between_stages_seconds"] = round(seconds - in_stages, 1)
     for system, values in report["metrics"].items():
         figures |= {f"{system}.{name}": value for name, value in values.items()}

@@ -189,9 +189,10 @@ def _fill(
         )
         cached = stage in done or bool(record and record.get("cached"))
         outputs = dict(commit["outputs"]) if commit else {}
-        report.stages.append(
-            {"name": stage, "status": status, "seconds": seconds, "cached": cached, "outputs": outputs}
-        )
+        facts = {"name": stage, "status": status, "seconds": seconds, "cached": cached, "outputs": outputs}
+        if commit and not cached:
+            facts["arithmetic_seconds"] = commit["arithmetic_seconds"]
+        report.stages.append(facts)
         if commit:
             _take(report, stage, commit, store, serving_url)
         if failed is None and record and record["status"] in ("failed", "interrupted"):

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from components.compress import probes, quantise
+from components.shared import clock
 from components.shared.errors import TuneyardError
 from components.shared.modelcard import NAME, ModelCard
 
@@ -60,7 +61,7 @@ def torch_logits(model: Any, batches: Sequence[dict[str, Any]]) -> Any:
     import numpy as np
     import torch
 
-    with torch.inference_mode():
+    with clock.arithmetic(), torch.inference_mode():
         parts = [
             model(**{k: torch.from_numpy(v) for k, v in batch.items()}).logits.numpy() for batch in batches
         ]
@@ -73,7 +74,8 @@ def onnx_logits(path: Path, batches: Sequence[dict[str, Any]]) -> Any:
     import onnxruntime
 
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-    return np.concatenate([session.run(["logits"], dict(batch))[0] for batch in batches])
+    with clock.arithmetic():
+        return np.concatenate([session.run(["logits"], dict(batch))[0] for batch in batches])
 
 
 def judge(reference: Any, exported: Any, int8: Any) -> EncoderProof:

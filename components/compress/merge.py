@@ -117,7 +117,7 @@ def merge_adapter(folder: Path, target: Path, store: Store, bound: float) -> Pro
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     chat.verify_probe(tokenizer, card.template_probe or {}, str(folder))
     sequences = probes.dialogues(tokenizer)
-    base, _ = causal.load_base(card, store, "float32")
+    base = causal.load_base(card, store, "float32")
     base_logits, base_digests = proof.logits(base, sequences), proof.digests(base)
     adapted = PeftModel.from_pretrained(base, str(folder), local_files_only=True).eval()
     with safe_open(folder / _ADAPTER, "pt") as file:
@@ -158,7 +158,7 @@ def copy_full(folder: Path, target: Path, store: Store, bound: float) -> Proof:
     tuned_logits, tuned_digests = proof.logits(tuned, sequences), proof.digests(tuned)
     storage = str(stored_dtype(folder)).removeprefix("torch.")
     del tuned
-    base, _ = causal.load_base(card, store, "float32")
+    base = causal.load_base(card, store, "float32")
     base_digests = proof.digests(base)
     # Every weight could move, but not each must (a rarely used embedding may have had no gradient).
     moved = proof.differing(tuned_digests, base_digests)

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from components.shared import clock
 from components.shared.errors import TuneyardError
 
 # float32 arithmetic in another order moves a logit by about 1e-5; a model that was tuned for even one step
@@ -92,7 +93,7 @@ def logits(model: Any, sequences: Sequence[Sequence[int]]) -> list[Any]:
     import torch
 
     device = next(model.parameters()).device
-    with torch.inference_mode():
+    with clock.arithmetic(), torch.inference_mode():
         return [
             model(input_ids=torch.tensor([ids], device=device)).logits[0].float().cpu() for ids in sequences
         ]

@@ -84,7 +84,7 @@ def judge(
     precision = causal.preferred_precision("auto")
     folder = inputs["model"].path
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    model, _ = causal.load_base(ModelCard.read(folder), context.store, precision)
+    model = causal.load_base(ModelCard.read(folder), context.store, precision)
     exam, facts = prepare(config, tests, tokenizer, _window(model))
     base = sit("base", model, exam)
     del model

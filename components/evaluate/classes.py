@@ -11,7 +11,7 @@ from typing import Any
 from components.evaluate import baselines, class_metrics, predictions, resources
 from components.evaluate.config import EvaluateConfig
 from components.evaluate.findings import Findings
-from components.shared import causal, jsonl
+from components.shared import causal, clock, jsonl
 from components.shared.errors import TuneyardError
 from components.shared.modelcard import ModelCard
 from components.shared.progress import Progress
@@ -171,7 +171,8 @@ def _probe(
         vectors = predictions.run(embed, encodings, exam.per_device_batch_size, done=progress.advance).outputs
     count = len(exam.texts)
     truth = [exam.labels.index(row["label"]) for row in few]
-    scores = baselines.linear_probe(vectors[count:], truth, vectors[:count], len(exam.labels))
+    with clock.arithmetic():
+        scores = baselines.linear_probe(vectors[count:], truth, vectors[:count], len(exam.labels))
     return {
         "about": f"linear probe: the frozen base model, and logistic regression on {len(few)} train examples",
         **class_metrics.score(exam.truth, scores, exam.labels),
@@ -181,7 +182,8 @@ def _probe(
 
 def _tfidf(exam: Exam, train: Sequence[Mapping[str, Any]]) -> tuple[dict[str, Any], Any]:
     truth = [exam.labels.index(row["label"]) for row in train]
-    scores = baselines.tfidf_logreg([row["text"] for row in train], truth, exam.texts, len(exam.labels))
+    with clock.arithmetic():
+        scores = baselines.tfidf_logreg([row["text"] for row in train], truth, exam.texts, len(exam.labels))
     return {
         "about": f"TF-IDF of one and two words, and logistic regression on all {len(train)} train examples",
         **class_metrics.score(exam.truth, scores, exam.labels),

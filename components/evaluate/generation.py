@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from components.shared import causal
+from components.shared import causal, clock
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ def _answer_batch(
     tokens: list[list[int]] = [[] for _ in prompts]
     answers: dict[int, Answer] = {}
     live = list(range(len(prompts)))  # row of the batch now -> prompt
-    with torch.inference_mode():
+    with clock.arithmetic(), torch.inference_mode():
         while live:
             chosen = _choose(model, ids, mask, cache)
             keep = []

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from components.shared import chat, examples
+from components.shared import chat, clock, examples
 from components.shared.errors import TuneyardError
 from components.shared.loss import token_nats
 from components.shared.modelcard import ModelCard
@@ -60,17 +60,25 @@ def device() -> Any:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def load_base(card: ModelCard, store: Store, precision: Precision) -> tuple[Any, Any]:
-    """The untuned base of a model, with the same template. Returns (model, tokenizer).
+def load_base(card: ModelCard, store: Store, precision: Precision) -> Any:
+    """The untuned base of a model, in eval mode.
 
     Raises:
         TuneyardError: the base at its URI is no longer the one that was tuned.
     """
-    return open_folder(card.base_model.folder(store), precision)
+    return open_model(card.base_model.folder(store), precision)
 
 
 def open_folder(folder: Path, precision: Precision, settings: Any = None) -> tuple[Any, Any]:
-    """Load a transformers causal model and its tokenizer from a local folder, in eval mode.
+    """Load a transformers causal model and its tokenizer; see `open_model`."""
+    from transformers import AutoTokenizer
+
+    tokenizer = chat.prepare(AutoTokenizer.from_pretrained(folder, local_files_only=True))
+    return open_model(folder, precision, settings), tokenizer
+
+
+def open_model(folder: Path, precision: Precision, settings: Any = None) -> Any:
+    """Load a transformers causal model from a local folder, in eval mode.
 
     Args:
         folder: of the model.
@@ -78,9 +86,8 @@ def open_folder(folder: Path, precision: Precision, settings: Any = None) -> tup
         settings: a transformers config to use in place of the folder's own.
     """
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
-    tokenizer = chat.prepare(AutoTokenizer.from_pretrained(folder, local_files_only=True))
     model = AutoModelForCausalLM.from_pretrained(
         folder,
         config=settings,
@@ -88,7 +95,7 @@ def open_folder(folder: Path, precision: Precision, settings: Any = None) -> tup
         local_files_only=True,
         use_safetensors=True,
     )
-    return model.to(device()).eval(), tokenizer
+    return model.to(device()).eval()
 
 
 def load(folder: Path, store: Store, precision: Precision) -> tuple[Any, Any, ModelCard]:
@@ -102,7 +109,7 @@ def load(folder: Path, store: Store, precision: Precision) -> tuple[Any, Any, Mo
         from peft import PeftModel
         from transformers import AutoTokenizer
 
-        base, _ = load_base(card, store, precision)
+        base = load_base(card, store, precision)
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         model = PeftModel.from_pretrained(base, str(folder), local_files_only=True).eval()
     elif card.layout == "transformers":
@@ -188,7 +195,7 @@ def answer_nats(
     nats = [0.0] * len(encoded)
     _, head, cap = body_and_head(model)
     for indices in by_length([len(e) for e in encoded], batch_tokens):
-        with torch.inference_mode():
+        with clock.arithmetic(), torch.inference_mode():
             states, targets = answer_states(model, pad([encoded[i] for i in indices], 0))
             losses = token_nats(states, head, cap, targets).cpu()
         for index, part in zip(indices, losses.split([len(encoded[i].answer) for i in indices]), strict=True):

@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from components.shared import digest, sources
+from components.shared import clock, digest, sources
 from components.shared.errors import EXIT_FAILED, StageStopped, TuneyardError
 from components.shared.manifest import Manifest
 from components.shared.settings import Settings
@@ -157,7 +157,7 @@ def work_folder(stage: str, key: str) -> Path:
 def _run_verb(
     verb: Verb, config: Settings, inputs: Mapping[str, Manifest], context: Context
 ) -> dict[str, Any]:
-    started = time.time()
+    started, computed = time.time(), clock.arithmetic_seconds()
     shutil.rmtree(context.out, ignore_errors=True)
     artifacts = {
         name: Artifact(manifest, context.store.get_tree(manifest, context.out.parent / "inputs" / name))
@@ -184,6 +184,7 @@ def _run_verb(
         "run": context.run,
         "page": page,
         "seconds": round(time.time() - started, 3),
+        "arithmetic_seconds": round(clock.arithmetic_seconds() - computed, 3),
         "outputs": {name: context.store.manifest_uri(manifest) for name, manifest in manifests.items()},
     }
     context.store.write_json(commit_name(context.stage, context.key), commit)

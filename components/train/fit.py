@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from components.shared import causal
+from components.shared import causal, clock
 from components.shared.errors import TuneyardError
 from components.shared.progress import Progress
 from components.train import checkpoint
@@ -24,9 +24,18 @@ log = logging.getLogger("tuneyard.train")
 
 @dataclass
 class Fit:
-    """How a fit went: `history` has a row for each update, with eval_loss where it was evaluated."""
+    """How a fit went.
+
+    Args:
+        history: a row for each update, with eval_loss where it was evaluated.
+        base_loss: loss on eval before the first update.
+        best_loss: the lowest loss on eval, after update `best_step`.
+        stale: evaluations in a row that did not improve on it.
+        stopped_early: whether that ended the fit.
+    """
 
     history: list[dict[str, float]] = field(default_factory=list)
+    base_loss: float = math.inf
     best_loss: float = math.inf
     best_step: int = 0
     stale: int = 0
@@ -83,7 +92,7 @@ def eval_loss(
     objective.model.eval()
     total = 0.0
     budget = config.per_device_batch_size * config.max_length
-    with torch.inference_mode(), autocast(precision):
+    with clock.arithmetic(), torch.inference_mode(), autocast(precision):
         for indices in causal.by_length([len(e) for e in encoded], budget):
             total += float(objective.summed_loss([encoded[i] for i in indices], 0.0))
     objective.model.train()
@@ -116,12 +125,16 @@ def fit(
     steps = schedule_batches([len(e) for e in train], config)
     optimizer, state, best, start = _begin(folder, objective.model, config)
     every = config.eval_steps or max(1, math.ceil(len(steps) / 10))
+    if start == 0:
+        state.base_loss = eval_loss(objective, evaluation, config, precision)
+        log.info("train: before the first update the loss on eval is %.3f nats", state.base_loss)
     progress = Progress("train", len(steps), "steps", done=start)
     began, tokens = time.monotonic(), 0
     for number in range(start, len(steps)):
         batches = [[train[i] for i in micro] for micro in steps[number]]
         rate = learning_rate(number, len(steps), config)
-        row = {"step": number + 1, **_update(objective, batches, optimizer, rate, config, precision)}
+        with clock.arithmetic():
+            row = {"step": number + 1, **_update(objective, batches, optimizer, rate, config, precision)}
         tokens += sum(len(e) for micro in batches for e in micro)
         row["tokens_per_second"] = tokens / (time.monotonic() - began)
         last = number + 1 == len(steps)
@@ -138,12 +151,19 @@ def fit(
             report(state.history)
     checkpoint.restore_weights(objective.model, best)
     report(state.history)
+    if not state.best_loss < state.base_loss:
+        log.warning(
+            "train: the loss on eval never fell below the base model's (%.3f, at best %.3f): "
+            "lower train.learning_rate, or train longer",
+            state.base_loss,
+            state.best_loss,
+        )
     objective.model.eval()
     return state
 
 
 def _show(progress: Progress, row: Mapping[str, float], state: Fit) -> None:
-    evaluated = f"{state.best_loss:.3f}" if state.best_step else "-"
+    evaluated = f"{state.best_loss if state.best_step else state.base_loss:.3f}"
     speed = f"{row['tokens_per_second']:.0f} tokens/s"
     progress.advance(loss=f"{row['loss']:.3f}", eval=evaluated, speed=speed)
     if state.stopped_early:

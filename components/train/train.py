@@ -152,6 +152,7 @@ def _fit_tracked(
             precision = causal.preferred_precision(config.precision)
             folder = context.work / "checkpoints"
             result = fit(objective, sides["train"], sides["eval"], config, precision, folder, report)
+        tracking.log_metrics(run_id, {"eval_loss": result.base_loss})  # as step 0 of the curve
         ended = "FINISHED"
     except KeyboardInterrupt:
         ended = "KILLED"
@@ -229,9 +230,10 @@ def _describe(
     ledger = context.out / "ledger"
     for side, kept in ledgers.items():
         jsonl.write(ledger / f"{side}.jsonl", kept.rows)
-    jsonl.write(ledger / "history.jsonl", result.history)
+    curve = [{"step": 0, "eval_loss": result.base_loss}, *result.history]
+    jsonl.write(ledger / "history.jsonl", curve)
     page = context.out / "page.html"
-    page.write_text(curves.page(result.history, card, {s: dict(k.counts) for s, k in ledgers.items()}))
+    page.write_text(curves.page(curve, card, {s: dict(k.counts) for s, k in ledgers.items()}))
     with contextlib.suppress(TuneyardError):
         tracking.log_artifact_text(run_id, "training.html", page.read_text())
     summary = {
@@ -250,6 +252,7 @@ def _describe(
         metrics={
             "train_loss": result.history[-1]["loss"],
             "eval_loss": result.best_loss,
+            "base_eval_loss": result.base_loss,
             "tokens_per_second": result.history[-1]["tokens_per_second"],
             "trainable_fraction": card.trainable_weights / card.total_weights,
         },

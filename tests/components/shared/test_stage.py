@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 
+from components.shared import clock
 from components.shared.errors import EXIT_STOPPED, StageStopped, TuneyardError
 from components.shared.settings import Settings
 from components.shared.stage import Result, perform
@@ -48,6 +51,20 @@ def test_an_unchanged_stage_is_not_run_again_and_says_so(stage, store):
     assert len(calls) == 1 and first == second
     assert store.read_json("runs/run-1/ingest.json")["cached"] is False
     assert store.read_json("runs/run-2/ingest.json")["cached"] is True
+
+
+def test_a_commit_tells_arithmetic_from_the_rest(store):
+    def verb(config, inputs, context):
+        for _ in range(2):
+            with clock.arithmetic():
+                time.sleep(0.05)
+            time.sleep(0.05)
+        return Result(kinds={})
+
+    verb.__module__ = "components.ingest.ingest"
+    for number in (1, 2):  # the second must not count the first's
+        commit = perform(verb, Config(number=number), RUN, {})
+        assert 0.1 <= commit["arithmetic_seconds"] <= commit["seconds"] - 0.1
 
 
 def test_settings_inputs_and_outside_bytes_each_make_it_run(stage, store, tmp_path):

@@ -170,6 +170,7 @@ def test_a_resumed_run_ends_with_the_very_weights_of_an_uninterrupted_one(tiny_c
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
     assert [row["loss"] for row in again.history] == [row["loss"] for row in state.history]
     assert state.history[-1]["loss"] < state.history[0]["loss"]
+    assert state.best_loss < state.base_loss == again.base_loss
 
 
 def test_a_damaged_checkpoint_is_passed_over(tiny_causal, tmp_path, caplog):
