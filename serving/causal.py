@@ -53,7 +53,7 @@ class CausalModel:
         self.identity = identity
         self._model, self._tokenizer, self._count_tokens = model, tokenizer, count_tokens
         self._tokenizing = threading.Lock()
-        self._ends = {chat.end_id(tokenizer), int(tokenizer.eos_token_id)}
+        self._ends = chat.end_ids(tokenizer)
         self._mailbox: Mailbox[Job] = Mailbox(MAX_WAITING)
         self._rows: list[Row] = []
         self._state: decode.Rows | None = None

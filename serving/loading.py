@@ -68,7 +68,7 @@ def _open(
     if card.task == "causal-lm":
         if card.template_probe is None:
             raise TuneyardError(f"{identity}: the model card has no template probe", "train the model again")
-        model, tokenizer, _ = causal.load(folder, store, causal.preferred_precision("auto"))
+        model, tokenizer, _ = causal.load(folder, store, causal.served_precision(folder))
         chat.verify_probe(tokenizer, card.template_probe, str(identity))
         return CausalModel(identity, model, tokenizer, count_tokens)
     if not card.labels:

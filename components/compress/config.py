@@ -11,7 +11,9 @@ class CompressConfig(Settings):
     """A causal model gets its adapter merged; an encoder becomes ONNX int8.
 
     Args:
-        max_logit_difference: largest absolute logit difference between merged and adapted model.
+        max_logit_difference: largest absolute logit difference between merged and adapted model. Where the
+            base is stored in 16 bits, merged weights are too if that costs at most a hundredth of what the
+            tuning moved (proof.MAX_ROUNDING_SHARE), else they stay float32 and are served so.
         min_agreement: smallest share (0-1) of the probe texts in which the int8 encoder must choose the
             float32 model's class.
     """

@@ -56,7 +56,7 @@ def settle_storage(model: Any, dtype: Any, reference: Reference, bound: float) -
 
     Unchanged weights go back to the base's dtype, which is exact. The merged ones follow if the rounded model
     passes the whole proof. bfloat16 has 8 significant bits: it can round a small adapter's update away or
-    bury it in noise, and then the merged weights stay in float32.
+    bury it in noise, and then the merged weights stay in float32 and the model is served in float32.
 
     Args:
         model: merged, in float32.

@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Mapping
+from typing import Any
+
 from pydantic import Field
 
+from components.shared.errors import TuneyardError
 from components.shared.settings import Settings
+
+# A server that was started a moment ago may still be loading.
+_LOADING_SECONDS = 60.0
 
 
 class DeployConfig(Settings):
@@ -15,3 +23,18 @@ class DeployConfig(Settings):
     """
 
     ready_seconds: int = Field(300, ge=1)
+
+    def still_true(self, summary: Mapping[str, Any]) -> bool:
+        """Whether the model is in service. Which version is not asked: promote and rollback put theirs there.
+
+        Where there was no champion to deploy, one may have been promoted since.
+        """
+        from components.deploy.server import ModelServer
+
+        if "version" not in summary:
+            return False
+        url, token = (os.environ.get(key, "") for key in ("TUNEYARD_SERVING_URL", "TUNEYARD_SERVING_TOKEN"))
+        try:
+            return ModelServer(url, token, _LOADING_SECONDS).serves(summary["name"])
+        except TuneyardError:
+            return False

@@ -62,6 +62,18 @@ class ModelServer:
         """Models by name: version, digest, ready, reason, task."""
         return {model["id"]: model for model in self._done("GET", "/v1/models").json()["data"]}
 
+    def serves(self, name: str) -> bool:
+        """Whether a model is in service, after waiting for one that is on its way."""
+        while True:
+            state = self.served().get(name)
+            if state is not None and state["reason"] != "loading":
+                return bool(state["ready"])
+            reasons = self._call("GET", "/readyz").json()["reasons"]
+            nothing_more_to_come = reasons in ([], ["no model deployed"])
+            if (state is None and nothing_more_to_come) or time.monotonic() + _POLL_SECONDS > self._until:
+                return False
+            time.sleep(_POLL_SECONDS)
+
     def load(self, name: str) -> dict[str, Any]:
         """Put the desired version of a model in service; the old one stays until it answers.
 

@@ -81,15 +81,15 @@ def judge(
     from transformers import AutoTokenizer
 
     text_metrics.self_test([examples.messages(row)[-1]["content"] for row in tests])
-    precision = causal.preferred_precision("auto")
     folder = inputs["model"].path
+    shipped = "compressed" if "compressed" in inputs else "model"
+    precision = causal.served_precision(inputs[shipped].path)
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     model = causal.load_base(ModelCard.read(folder), context.store, precision)
     exam, facts = prepare(config, tests, tokenizer, _window(model))
     base = sit("base", model, exam)
     del model
     gc.collect()
-    shipped = "compressed" if "compressed" in inputs else "model"
     model, _, _ = causal.load(inputs[shipped].path, context.store, precision)
     tuned = sit("tuned", model, exam)
     del model
@@ -110,8 +110,8 @@ def prepare(
 ) -> tuple[Exam, dict[str, Any]]:
     """The exam, and the facts about what did not fit.
 
-    A prompt that does not fit beside its answer is cut from the left; an example whose answer alone does
-    not fit is left out. Both are counted.
+    A prompt that does not fit beside its answer is cut (causal.cut_prompt); an example whose answer alone
+    does not fit is left out. Both are counted.
 
     Raises:
         TuneyardError: no example fits.
@@ -126,14 +126,20 @@ def prepare(
             f"{window_tokens} tokens",
             "use a base model with a longer context, or shorter answers",
         )
-    cut = [_cut(e.prompt, window_tokens, len(e.answer)) for e in whole]
+
+    def cut_beside(prompt: list[int], tokens: int) -> list[int]:
+        if window_tokens is None:
+            return prompt
+        return causal.cut_prompt(prompt, window_tokens - tokens, tokenizer.bos_token_id)
+
+    cut = [cut_beside(e.prompt, len(e.answer)) for e in whole]
     asked = min(config.max_generated, len(kept))
     limit = config.max_new_tokens or min(
         max(len(e.answer) for e in whole[:asked]), _LONGEST_DEFAULT_ANSWER_TOKENS
     )
     if window_tokens is not None:
         limit = min(limit, window_tokens - 1)
-    prompts = [_cut(e.prompt, window_tokens, limit) for e in whole[:asked]]
+    prompts = [cut_beside(e.prompt, limit) for e in whole[:asked]]
     exam = Exam(
         kept,
         [Encoded(prompt, e.answer) for prompt, e in zip(cut, whole, strict=True)],
@@ -156,10 +162,6 @@ def prepare(
     return exam, facts
 
 
-def _cut(prompt: list[int], window_tokens: int | None, beside: int) -> list[int]:
-    return prompt if window_tokens is None else prompt[-(window_tokens - beside) :]
-
-
 def sit(name: str, model: Any, exam: Exam) -> Sitting:
     """Let one system take the exam, with progress lines under its name."""
     with resources.peak_memory() as memory:
@@ -170,7 +172,7 @@ def sit(name: str, model: Any, exam: Exam) -> Sitting:
         answers = generation.generate(
             model,
             exam.prompts,
-            chat.end_id(exam.tokenizer),
+            chat.end_ids(exam.tokenizer),
             exam.max_new_tokens,
             exam.per_device_batch_size,
             progress.advance,
@@ -181,10 +183,11 @@ def sit(name: str, model: Any, exam: Exam) -> Sitting:
 
 
 def compare(exam: Exam, base: Sitting, tuned: Sitting) -> dict[str, dict[str, Any]]:
-    """The metrics of both systems, and how far the tuned one's loss fell."""
+    """The metrics of both systems, how far the tuned one's loss fell and its ROUGE-L rose."""
     systems = {"base": score(exam, base), "tuned": score(exam, tuned)}
     systems["base"]["about"] = "the base model, untuned"
     systems["tuned"]["loss_reduction"] = 1 - systems["tuned"]["loss"] / systems["base"]["loss"]
+    systems["tuned"]["rouge_l_gain"] = systems["tuned"]["rouge_l"] - systems["base"]["rouge_l"]
     systems["tuned"]["intervals"]["loss_reduction"] = intervals.of_reduction(base.nats, tuned.nats)
     return systems
 

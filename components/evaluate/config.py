@@ -16,6 +16,7 @@ METRICS: dict[str, tuple[str, ...]] = {
         "perplexity",
         "exact_match",
         "rouge_l",
+        "rouge_l_gain",
         "bleu",
         "statute_citation_accuracy",
         "latency_p50_ms",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,7 +28,7 @@ class Answer:
 def generate(
     model: Any,
     prompts: Sequence[Sequence[int]],
-    end_id: int,
+    end_ids: Container[int],
     max_new_tokens: int,
     per_device_batch_size: int,
     done: Callable[[int], None] = lambda count: None,
@@ -38,7 +38,7 @@ def generate(
     Args:
         model: causal model in eval mode, PEFT or not.
         prompts: token ids of each prompt.
-        end_id: the token that ends an answer.
+        end_ids: the tokens that end an answer.
         max_new_tokens: longest answer.
         per_device_batch_size: prompts in one forward pass.
         done: called with 1 for each finished answer.
@@ -51,7 +51,7 @@ def generate(
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
     for start in range(0, len(order), per_device_batch_size):
         batch = order[start : start + per_device_batch_size]
-        found = _answer_batch(model, [prompts[index] for index in batch], end_id, max_new_tokens, done)
+        found = _answer_batch(model, [prompts[index] for index in batch], end_ids, max_new_tokens, done)
         answers.update(zip(batch, found, strict=True))
     return [answers[index] for index in range(len(prompts))]
 
@@ -83,7 +83,7 @@ def _choose(model: Any, ids: Any, mask: Any, cache: Any) -> list[int]:
 def _answer_batch(
     model: Any,
     prompts: Sequence[Sequence[int]],
-    end_id: int,
+    end_ids: Container[int],
     max_new_tokens: int,
     done: Callable[[int], None],
 ) -> list[Answer]:
@@ -101,10 +101,11 @@ def _answer_batch(
             chosen = _choose(model, ids, mask, cache)
             keep = []
             for row, (prompt, token) in enumerate(zip(live, chosen, strict=True)):
-                if token != end_id:
+                ended = token in end_ids
+                if not ended:
                     tokens[prompt].append(token)
-                if token == end_id or len(tokens[prompt]) == max_new_tokens:
-                    answers[prompt] = Answer(tokens[prompt], token == end_id, time.perf_counter() - started)
+                if ended or len(tokens[prompt]) == max_new_tokens:
+                    answers[prompt] = Answer(tokens[prompt], ended, time.perf_counter() - started)
                     done(1)
                 else:
                     keep.append(row)

@@ -19,6 +19,7 @@ _METRICS: dict[str, tuple[str, str, int]] = {
     "loss_reduction": ("Loss below the base's", "{:.1%}", 1),
     "perplexity": ("Perplexity", "{:.2f}", -1),
     "rouge_l": ("ROUGE-L", "{:.3f}", 1),
+    "rouge_l_gain": ("ROUGE-L above the base's", "{:+.3f}", 1),
     "bleu": ("BLEU", "{:.3f}", 1),
     "exact_match": ("Exact match", "{:.1%}", 1),
     "statute_citation_accuracy": ("Statute cited as in the reference", "{:.1%}", 1),

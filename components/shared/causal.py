@@ -6,6 +6,7 @@ MFLOP a token), so it is applied only at positions that predict an answer token.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,6 +39,17 @@ def encode(tokenizer: Any, example: Mapping[str, Any]) -> Encoded:
     return Encoded(chat.prompt_ids(tokenizer, before), chat.answer_ids(tokenizer, last["content"]))
 
 
+def cut_prompt(prompt: Sequence[int], room: int, bos_id: int | None) -> list[int]:
+    """The end of a prompt in `room` tokens (one at least), behind its beginning-of-sequence token if any.
+
+    A model that always saw that token first answers badly without it.
+    """
+    if len(prompt) <= room:
+        return list(prompt)
+    head = list(prompt[:1]) if room > 1 and prompt[0] == bos_id else []
+    return [*head, *prompt[len(prompt) - room + len(head) :]]
+
+
 def preferred_precision(setting: str) -> Precision:
     """What to compute in: the setting, or for `auto` bfloat16 where the processor multiplies in it.
 
@@ -51,6 +63,19 @@ def preferred_precision(setting: str) -> Precision:
         return "bfloat16" if torch.cuda.is_bf16_supported() else "float32"
     native = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
     return "bfloat16" if native else "float32"
+
+
+def served_precision(folder: Path) -> Precision:
+    """What a model folder of ours is computed in when it is judged and when it serves.
+
+    bfloat16 where the processor multiplies in it, unless the weights are stored in more: compress keeps
+    float32 where rounding would bury what the tuning moved, and loading must not round it after all.
+    """
+    fast = preferred_precision("auto")
+    if ModelCard.read(folder).layout == "peft":
+        return fast  # the adapter stays float32, as in training
+    stored = json.loads((folder / "config.json").read_text()).get("dtype")
+    return fast if stored == "bfloat16" else "float32"
 
 
 def device() -> Any:

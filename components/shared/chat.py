@@ -57,6 +57,11 @@ def end_id(tokenizer: Any) -> int:
     return int(tokenizer.eos_token_id)
 
 
+def end_ids(tokenizer: Any) -> frozenset[int]:
+    """The tokens at which generation stops, in service and when it is judged."""
+    return frozenset({end_id(tokenizer), int(tokenizer.eos_token_id)})
+
+
 def probe(tokenizer: Any) -> dict[str, Any]:
     """Messages and their token ids, to be stored with a model."""
     return {"messages": _PROBE, "token_ids": prompt_ids(tokenizer, _PROBE), "end_id": end_id(tokenizer)}

@@ -45,9 +45,9 @@ class TrainConfig(Settings):
         base_model: s3:// prefix, local folder or Hugging Face id.
         revision: of a Hugging Face id.
         adapter: which weights move; absent: lora for sft, full for classification.
-        epochs: passes over train; not beside max_steps.
+        epochs: passes over train; not beside max_steps; 3 where neither is given.
         max_steps: optimizer updates; not beside epochs.
-        learning_rate: peak, reached after warm-up. None: 2e-4 for lora, 2e-5 for full.
+        learning_rate: peak, reached after warm-up; where none is given 2e-4 for lora, 2e-5 for full.
         min_learning_rate: where the cosine ends.
         warmup_fraction: of all steps, 0-1.
         per_device_batch_size: examples in one forward pass.
@@ -76,7 +76,7 @@ class TrainConfig(Settings):
     adapter: Annotated[LoraAdapter | FullAdapter, Field(discriminator="kind")]
     epochs: float | None = Field(None, gt=0)
     max_steps: int | None = Field(None, ge=1)
-    learning_rate: float | None = Field(None, gt=0)
+    learning_rate: float = Field(gt=0)
     min_learning_rate: float = Field(1e-6, ge=0)
     warmup_fraction: float = Field(0.1, ge=0, le=1)
     per_device_batch_size: int = Field(8, ge=1)
@@ -103,10 +103,20 @@ class TrainConfig(Settings):
 
     @model_validator(mode="before")
     @classmethod
-    def _usual_adapter(cls, raw: Any) -> Any:
-        if isinstance(raw, dict) and raw.get("adapter") is None:
-            return {**raw, "adapter": {"kind": "lora" if raw.get("objective") == "sft" else "full"}}
-        return raw
+    def _usual(cls, raw: Any) -> Any:
+        """Fill in what depends on other settings, so that a resolved pipeline file shows it."""
+        if not isinstance(raw, dict):
+            return raw
+        filled = dict(raw)
+        if filled.get("adapter") is None:
+            filled["adapter"] = {"kind": "lora" if filled.get("objective") == "sft" else "full"}
+        if filled.get("learning_rate") is None:
+            adapter = filled["adapter"]
+            kind = adapter.get("kind") if isinstance(adapter, dict) else getattr(adapter, "kind", None)
+            filled["learning_rate"] = 2e-5 if kind == "full" else 2e-4
+        if filled.get("epochs") is None and filled.get("max_steps") is None:
+            filled["epochs"] = 3.0
+        return filled
 
     @model_validator(mode="after")
     def _length_of_run(self) -> TrainConfig:

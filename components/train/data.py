@@ -90,8 +90,8 @@ def total_steps(examples: int, config: TrainConfig) -> int:
     if config.max_steps is not None:
         return config.max_steps
     per_step = config.per_device_batch_size * config.gradient_accumulation_steps
-    epochs = config.epochs if config.epochs is not None else 3.0
-    return max(1, math.ceil(examples * epochs / per_step))
+    assert config.epochs is not None  # TrainConfig has one of the two
+    return max(1, math.ceil(examples * config.epochs / per_step))
 
 
 def schedule_batches(lengths: Sequence[int], config: TrainConfig) -> list[list[list[int]]]:

@@ -22,12 +22,16 @@ from components.train.objectives import Objective
 log = logging.getLogger("tuneyard.train")
 
 
+_REPORT_SECONDS = 15.0
+
+
 @dataclass
 class Fit:
     """How a fit went.
 
     Args:
-        history: a row for each update, with eval_loss where it was evaluated.
+        history: a row for each update, with its time in seconds since the epoch, and eval_loss where it was
+            evaluated.
         base_loss: loss on eval before the first update.
         best_loss: the lowest loss on eval, after update `best_step`.
         stale: evaluations in a row that did not improve on it.
@@ -47,18 +51,13 @@ def learning_rate(step: int, steps: int, config: TrainConfig) -> float:
 
     The peak is reached on the last update of the warm-up (Loshchilov and Hutter 2017, arXiv:1608.03983).
     """
-    peak = peak_rate(config)
+    peak = config.learning_rate
     warmup = max(1, round(steps * config.warmup_fraction)) if config.warmup_fraction else 0
     if step < warmup:
         return peak * (step + 1) / warmup
     progress = (step - warmup) / max(1, steps - warmup)
     floor = min(config.min_learning_rate, peak)
     return floor + (peak - floor) * 0.5 * (1 + math.cos(math.pi * progress))
-
-
-def peak_rate(config: TrainConfig) -> float:
-    """The learning rate of the settings, or the usual one of the adapter."""
-    return config.learning_rate or {"lora": 2e-4, "full": 2e-5}[config.adapter.kind]
 
 
 def make_optimizer(model: Any, config: TrainConfig) -> Any:
@@ -71,7 +70,7 @@ def make_optimizer(model: Any, config: TrainConfig) -> Any:
         {"params": [w for w in weights if w.ndim <= 1], "weight_decay": 0.0},
     ]
     # fused: one pass over the weights; the default makes one for each operation, six times as long on a CPU.
-    return torch.optim.AdamW([g for g in groups if g["params"]], lr=peak_rate(config), fused=True)
+    return torch.optim.AdamW([g for g in groups if g["params"]], lr=config.learning_rate, fused=True)
 
 
 def autocast(precision: causal.Precision) -> Any:
@@ -117,7 +116,7 @@ def fit(
         config: settings.
         precision: to compute in.
         folder: for checkpoints; the newest whole one in it is gone on from.
-        report: receives new rows of the history now and then.
+        report: receives the history now and then; after a resume, rows that it has had before too.
 
     Raises:
         TuneyardError: the loss is not finite.
@@ -129,12 +128,14 @@ def fit(
         state.base_loss = eval_loss(objective, evaluation, config, precision)
         log.info("train: before the first update the loss on eval is %.3f nats", state.base_loss)
     progress = Progress("train", len(steps), "steps", done=start)
-    began, tokens = time.monotonic(), 0
+    began = reported = time.monotonic()
+    tokens = 0
     for number in range(start, len(steps)):
         batches = [[train[i] for i in micro] for micro in steps[number]]
         rate = learning_rate(number, len(steps), config)
         with clock.arithmetic():
             row = {"step": number + 1, **_update(objective, batches, optimizer, rate, config, precision)}
+        row["time"] = time.time()
         tokens += sum(len(e) for micro in batches for e in micro)
         row["tokens_per_second"] = tokens / (time.monotonic() - began)
         last = number + 1 == len(steps)
@@ -148,7 +149,9 @@ def fit(
         if (number + 1) % config.checkpoint_steps == 0 and not last:
             facts, keep = asdict(state), config.keep_checkpoints
             checkpoint.save(folder, number + 1, objective.model, optimizer, best, facts, keep)
+        if time.monotonic() - reported > _REPORT_SECONDS:
             report(state.history)
+            reported = time.monotonic()
     checkpoint.restore_weights(objective.model, best)
     report(state.history)
     if not state.best_loss < state.base_loss:

@@ -50,9 +50,11 @@ class Sft:
         return causal.encode(self.tokenizer, example)
 
     def shorten(self, encoded: Encoded, max_length: int) -> Encoded | None:
-        """Cut the prompt from its left; the answer stays whole, and a prompt of nothing is none."""
+        """Cut the prompt from its left, but for the first token; the answer stays whole."""
         room = max_length - len(encoded.answer)
-        return Encoded(encoded.prompt[-room:], encoded.answer) if room > 0 else None
+        if room < 1:
+            return None
+        return Encoded(causal.cut_prompt(encoded.prompt, room, self.tokenizer.bos_token_id), encoded.answer)
 
     def terms(self, encoded: Encoded) -> int:
         """Answer tokens."""

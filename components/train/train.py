@@ -16,7 +16,7 @@ from components.shared.stage import Artifact, Context, Result
 from components.train import checkpoint, curves
 from components.train.config import TrainConfig
 from components.train.data import Ledger, fit_lengths
-from components.train.fit import Fit, fit, peak_rate
+from components.train.fit import Fit, fit
 from components.train.objectives import (
     Classification,
     Objective,
@@ -142,6 +142,7 @@ def _fit_tracked(
     logged = 0
 
     def report(history: list[dict[str, float]]) -> None:
+        # MLflow keeps a point that it is sent twice, with its own time, once: a resumed run may repeat some.
         nonlocal logged
         tracking.log_history(run_id, history[logged:])
         logged = len(history)
@@ -187,9 +188,7 @@ def train(config: TrainConfig, inputs: Mapping[str, Artifact], context: Context)
         fingerprint=sources.fingerprint(config.base_model, context.store, "model", config.revision),
         revision=config.revision,
     )
-    facts: dict[str, Any] = {"peak_learning_rate": peak_rate(config), "trainable_weights": moving}
-    facts["total_weights"] = total
-    facts["base_fingerprint"] = base.fingerprint
+    facts = {"trainable_weights": moving, "total_weights": total, "base_fingerprint": base.fingerprint}
     run_id = _resumed_run(context) or _track(config, context, inputs, facts)
     context.work.mkdir(parents=True, exist_ok=True)
     (context.work / "mlflow_run").write_text(run_id)

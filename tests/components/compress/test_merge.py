@@ -152,6 +152,7 @@ def test_a_large_update_is_stored_as_the_base_is(bfloat16_base, make_adapter, ru
     assert result.summary["proof"]["storage"] == "bfloat16"
     assert result.metrics["max_logit_difference"] <= 0.05
     assert json.loads((folder / "config.json").read_text())["dtype"] == "bfloat16"
+    assert causal.served_precision(folder) == causal.preferred_precision("auto")
 
 
 def test_an_update_that_bfloat16_would_bury_stays_in_float32(bfloat16_base, make_adapter, run_compress):
@@ -162,8 +163,9 @@ def test_an_update_that_bfloat16_would_bury_stays_in_float32(bfloat16_base, make
     assert set(stored.values()) == {torch.float32, torch.bfloat16}
     assert result.summary["proof"]["storage"] == "bfloat16, merged weights float32"
     assert 10 * result.metrics["max_logit_difference"] <= result.metrics["base_difference"]
-    # dtype="auto" must not round it away either.
+    # Neither dtype="auto" nor our own loading may round it away after all.
     assert AutoModelForCausalLM.from_pretrained(folder, dtype="auto").dtype == torch.float32
+    assert causal.served_precision(folder) == "float32"
 
 
 def test_a_full_model_is_copied_as_it_is(tiny_causal, make_full, run_compress):

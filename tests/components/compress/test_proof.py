@@ -57,6 +57,13 @@ def test_each_fault_is_found(change, fault):
     assert len(found) == 1 and fault in found[0]
 
 
+@pytest.mark.parametrize(("kl_nats", "found"), [(0.0009, 0), (0.0011, 1), (math.nan, 1)])
+def test_rounding_may_cost_a_hundredth_of_what_the_tuning_moved(kl_nats, found):
+    # Some logit differs by more than max_logit_difference, which bounds arithmetic and not rounding.
+    rounded = replace(GOOD, storage="bfloat16", exported_adapted=Gap(0.4, kl_nats, 1))
+    assert len(proof.faults(rounded, 0.05)) == found
+
+
 def test_nan_logits_are_an_infinite_gap():
     a, b = torch.zeros(2, 3), torch.tensor([[0, 0, 0], [0, math.nan, 0]])
     assert proof.compare([a], [b]).max_difference == math.inf

@@ -234,3 +234,22 @@ def test_without_a_champion_the_line_stops(mlflow_store, promoted, tmp_path):
     result = run_stage(mlflow_store, tmp_path, facts)
     assert result.stop.startswith("news has no champion (version 1: the verdict failed)")
     assert "tuneyard promote" in result.stop_todo
+
+
+def test_a_deployment_is_still_true_only_while_the_model_is_in_service(
+    mlflow_store, server_url, promoted, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("TUNEYARD_SERVING_URL", server_url)
+    monkeypatch.setenv("TUNEYARD_SERVING_TOKEN", TOKEN)
+    first = promoted(1)
+    facts = {"name": "news", "version": first.version, "champion": True}
+    summary = run_stage(mlflow_store, tmp_path, facts).summary
+    config = DeployConfig()
+    assert config.still_true(summary)
+    assert not config.still_true({"name": "news"})  # there was no champion then; there may be one now
+    ModelServer(server_url, TOKEN, 30).unload("news")
+    assert not config.still_true(summary)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        monkeypatch.setenv("TUNEYARD_SERVING_URL", f"http://127.0.0.1:{free.getsockname()[1]}")
+        assert not config.still_true(summary)

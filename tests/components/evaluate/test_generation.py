@@ -37,7 +37,7 @@ def test_batches_say_what_one_prompt_at_a_time_says(model, per_device_batch_size
     lengths = {len(answer) for answer in expected}
     assert all(len(set(answer)) > 3 for answer in free), "a model that repeats itself shows no fault"
     assert len(lengths) > 1, f"all answers are {lengths} long: the test would not see a batch shrink"
-    found = generate(model, PROMPTS, end_id, 12, per_device_batch_size)
+    found = generate(model, PROMPTS, {end_id}, 12, per_device_batch_size)
     assert [answer.tokens for answer in found] == expected
     assert [answer.ended for answer in found] == [len(answer) < 12 for answer in expected]
 

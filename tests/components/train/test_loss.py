@@ -29,11 +29,16 @@ def test_value_and_gradients_equal_torch_on_whole_logits(smoothing, cap, tokens,
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
 
 
-def test_token_nats_equals_torch():
+@pytest.mark.parametrize("cap", [0.0, 3.0])
+def test_token_nats_equals_torch(cap):
     torch.manual_seed(0)
     head, hidden, targets = torch.nn.Linear(8, 50), torch.randn(600, 8), torch.randint(0, 50, (600,))
-    expected = torch.nn.functional.cross_entropy(head(hidden), targets, reduction="none")
-    torch.testing.assert_close(token_nats(hidden, head, 0.0, targets), expected, rtol=1e-5, atol=1e-5)
+    logits = torch.tanh(head(hidden) / cap) * cap if cap else head(hidden)
+    expected = torch.nn.functional.cross_entropy(logits, targets, reduction="none")
+    torch.testing.assert_close(token_nats(hidden, head, cap, targets), expected, rtol=1e-5, atol=1e-5)
+    with torch.no_grad():  # an evaluation computes no gradient
+        total = summed_cross_entropy(hidden, head, cap, targets)
+    torch.testing.assert_close(total, expected.sum(), rtol=1e-5, atol=1e-4)
 
 
 def test_a_frozen_head_gets_no_gradient():

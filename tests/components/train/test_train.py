@@ -120,6 +120,8 @@ def test_over_long_examples_are_counted_and_an_answer_is_never_cut(sft):
     assert ledger.counts == {"kept": 20, "cut": 1, "dropped": 1}
     assert len(kept) == 21 and max(map(len, kept)) <= 128
     assert kept[-1].answer == sft.encode(rows[20]).answer
+    prompt, short = sft.encode(rows[20]).prompt, kept[-1].prompt
+    assert prompt[0] == short[0] == sft.tokenizer.bos_token_id and short[1:] == prompt[1 - len(short) :]
     whole = sum(len(sft.encode(row)) for row in rows)
     assert ledger.tokens["kept"] + ledger.tokens["removed"] == whole
     assert {row["id"]: row["action"] for row in ledger.rows} == {"long": "cut", "answer": "dropped"}
@@ -128,6 +130,16 @@ def test_over_long_examples_are_counted_and_an_answer_is_never_cut(sft):
             fit_lengths(
                 rows, sft.encode, sft.shorten, settings_for(over_length=policy, max_over_length=allowed)
             )
+
+
+@given(st.lists(st.integers(2, 9), min_size=1), st.integers(1, 12), st.sampled_from([None, 1]))
+def test_a_cut_prompt_is_the_end_behind_its_first_token(tail, room, bos_id):
+    prompt = [1, *tail]
+    cut = causal.cut_prompt(prompt, room, bos_id)
+    assert len(cut) == min(room, len(prompt))
+    kept_head = bos_id == 1 and room > 1
+    assert cut[kept_head:] == prompt[len(prompt) - len(cut) + kept_head :]
+    assert not kept_head or cut[0] == 1
 
 
 def test_learning_rate_warms_up_and_falls_to_its_floor():
