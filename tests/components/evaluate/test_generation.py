@@ -44,6 +44,6 @@ def test_batches_say_what_one_prompt_at_a_time_says(model, per_device_batch_size
 
 def test_each_answer_is_reported_and_timed(model):
     done: list[int] = []
-    found = generate(model, PROMPTS, -1, 3, 2, done.append)
+    found = generate(model, PROMPTS, {-1}, 3, 2, done.append)
     assert sum(done) == len(PROMPTS)
     assert all(answer.seconds > 0 and len(answer.tokens) == 3 and not answer.ended for answer in found)
