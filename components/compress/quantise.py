@@ -69,9 +69,41 @@ def export(model: Any, path: Path) -> None:
             opset_version=_OPSET,
             dynamo=False,
         )
-    exported = onnx.load(path)
-    sum_residuals(exported.graph)
-    onnx.save(exported, path)
+        fused = fuse_attention(path, model.config)
+    sum_residuals(fused.graph)
+    onnx.save(fused, path)
+
+
+def fuse_attention(path: Path, config: Any) -> Any:
+    """An exported encoder with each attention as one operator where ONNX Runtime's tool knows its pattern.
+
+    A text by itself spends more time in the forty small operators of an attention, most of which only arrange
+    numbers, than in its products: fused, MiniLM's int8 texts per second rise by half.
+
+    Args:
+        path: of the exported model, residual additions still Add: the pattern ends at one.
+        config: the transformers config.
+    """
+    from onnx import helper
+    from onnxruntime.transformers.fusion_options import FusionOptions
+    from onnxruntime.transformers.optimizer import optimize_model
+
+    options = FusionOptions("bert")
+    options.enable_embed_layer_norm = False  # would hide the embedding tables from quantise_tables
+    options.enable_skip_layer_norm = False  # see sum_residuals
+    options.enable_bias_skip_layer_norm = False
+    options.enable_bias_gelu = False  # would tie the product before it to its bias, as float32
+    fused = optimize_model(
+        str(path),
+        "bert",
+        num_heads=config.num_attention_heads,
+        hidden_size=config.hidden_size,
+        optimization_options=options,
+        opt_level=0,
+    ).model
+    if "com.microsoft" not in {entry.domain for entry in fused.opset_import}:
+        fused.opset_import.append(helper.make_opsetid("com.microsoft", 1))
+    return fused
 
 
 def sum_residuals(graph: Any) -> int:
@@ -188,10 +220,12 @@ def quantise(source: Path, target: Path) -> None:
         quantize_dynamic(
             model,
             target,
-            op_types_to_quantize=["MatMul"],
+            op_types_to_quantize=["MatMul", "Attention"],
             nodes_to_exclude=_head(model.graph),
             per_channel=True,
             # Signed: with unsigned weights the integer product is not the fast one (1.4 against 2.1 times
             # PyTorch's throughput on a CPU with VNNI).
             weight_type=QuantType.QInt8,
+            # Shape inference does not know the fused operator; what it cannot tell is float32 here.
+            extra_options={"DefaultTensorType": onnx.TensorProto.FLOAT},
         )

@@ -75,8 +75,9 @@ def test_matrices_and_the_word_table_are_int8(int8):
     floats = [t for t in model.graph.initializer if t.data_type == onnx.TensorProto.FLOAT]
     assert max(np.prod(t.dims) for t in floats) <= 4096
     kinds = Counter(node.op_type for node in model.graph.node)
-    # Two layers of six matrices, and the pooler; the head alone stays float32.
-    assert kinds["MatMulInteger"] == 2 * 6 + 1
+    # Two layers: three of the six matrices in the fused attention; and the pooler. The head stays float32.
+    assert kinds["QAttention"] == 2
+    assert kinds["MatMulInteger"] == 2 * 3 + 1
     # The embeddings' two additions before their norm are three tables: word + type, + position.
     assert kinds["Sum"] == kinds["LayerNormalization"] == 2 * 2 + 1
 
@@ -150,8 +151,8 @@ def test_a_table_row_is_off_by_a_254th_of_its_largest_weight_at_most(rows):
     session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
     (found,) = session.run(None, {"ids": np.arange(8)})
     bound = np.abs(table[:8]).max(axis=1, keepdims=True) / 254
-    # Half a step, and float32's own rounding on top (a scale below 1e-38 has few bits or none); a row of zeros
-    # stays exactly zero.
+    # Half a step, and float32's own rounding on top (a scale below 1e-38 has few bits or none); a row of
+    # zeros stays exactly zero.
     assert (np.abs(found - table[:8]) <= bound * 1.001 + 1e-36 * (bound > 0)).all()
 
 
