@@ -75,6 +75,9 @@ def fill_in(raw: dict[str, Any]) -> None:
             if classifies
             else ("conversational" if "messages" in spoken else "prompt-completion")
         )
+    if classifies and isinstance(raw.setdefault("split", {}), dict):
+        # A file that says `stratify_by: null` wants none.
+        raw["split"].setdefault("stratify_by", "label")
     if columns:
         ingest["columns"] = _our_names_first(columns, ingest["format"])
     split = _section(raw, "split")

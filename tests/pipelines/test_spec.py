@@ -135,6 +135,18 @@ def test_a_gate_on_compression_needs_the_stage_and_says_so_among_all_faults(tmp_
     assert load(write(tmp_path, CLASSES + "compress:\nregister: {compare_by: auc}\n"))
 
 
+def test_classification_is_stratified_by_label_unless_the_file_says_otherwise(tmp_path):
+    def stratified(text):
+        return load(write(tmp_path, text)).resolved()["split"]["stratify_by"]
+
+    classes = CLASSES + "compress:\n"
+    assert stratified(classes) == "label"
+    assert stratified(classes + "split: {seed: 7}\n") == "label"
+    assert stratified(classes + "split: {stratify_by: source}\n") == "source"
+    assert stratified(classes + "split: {stratify_by: null}\n") is None
+    assert stratified(GOOD) is None
+
+
 @pytest.mark.parametrize("text", [GOOD, *((FOLDER / f"{name}.yaml").read_text() for name in names())])
 def test_a_resolved_pipeline_is_a_pipeline_file(tmp_path, text):
     spec = load(write(tmp_path, text))
