@@ -25,7 +25,7 @@ log = logging.getLogger("tuneyard.ingest")
 # Zero-width space, joiners and non-joiner between CJK, word joiner, byte order mark: invisible, and they make
 # equal texts unequal. Tab and line feed are text.
 _INVISIBLE = dict.fromkeys([0x200B, 0x2060, 0xFEFF, *(c for c in range(32) if c not in (9, 10, 13)), 127])
-ROLES = ("system", "user", "assistant", "tool")
+ROLES = ("system", "user", "assistant")
 
 
 def normalise(text: str, how: Normalise) -> str:
@@ -222,7 +222,7 @@ def ingest(config: IngestConfig, inputs: Mapping[str, Artifact], context: Contex
 
     Raises:
         TuneyardError: no data file at the source.
-        StageStopped: not one row could be kept.
+        StageStopped: not one row could be kept, or two columns of a file have one name.
     """
     account = _Account()
     jsonl.write(context.out / "examples" / "examples.jsonl", _kept(config, context.store, account))
