@@ -6,6 +6,7 @@ import glob
 import os
 import re
 from pathlib import Path
+from typing import Any
 
 from components.shared import digest
 from components.shared.errors import TuneyardError
@@ -49,8 +50,8 @@ def local_files(uri: str) -> list[Path]:
     return files
 
 
-def hub_revision(repository: str, revision: str, repo_type: str) -> str:
-    """The commit that a revision of a Hugging Face repository points at now.
+def hub_contents(repository: str, revision: str, repo_type: str) -> tuple[str, list[str]]:
+    """The commit that a revision of a Hugging Face repository points at now, and the paths of its files.
 
     Raises:
         TuneyardError: no such repository or revision, or the hub cannot be reached.
@@ -58,13 +59,14 @@ def hub_revision(repository: str, revision: str, repo_type: str) -> str:
     from huggingface_hub import HfApi
 
     try:
-        return str(HfApi().repo_info(repository, revision=revision, repo_type=repo_type).sha)
+        info: Any = HfApi().repo_info(repository, revision=revision, repo_type=repo_type)
     except Exception as error:  # the client raises a dozen unrelated types, all meaning "not to be had"
         raise TuneyardError(
             f"Hugging Face {repo_type} {repository!r} at {revision!r} cannot be had "
             f"({type(error).__name__}: {error})",
             "a local path must exist or start with ./ ; else check the id, the network, HF_TOKEN",
         ) from error
+    return str(info.sha), [sibling.rfilename for sibling in info.siblings or []]
 
 
 def fingerprint(uri: str, store: Store, repo_type: str, revision: str = "main") -> str:
@@ -81,7 +83,7 @@ def fingerprint(uri: str, store: Store, repo_type: str, revision: str = "main") 
         return digest.of_value([[o["key"], o["size"], o["etag"]] for o in store.list_prefix(uri)])
     if kind == "local":
         return digest.of_value([[str(p), digest.of_file(p)] for p in local_files(uri)])
-    return digest.of_value([uri, hub_revision(uri, revision, repo_type)])
+    return digest.of_value([uri, hub_contents(uri, revision, repo_type)[0]])
 
 
 def model_folder(uri: str, store: Store, revision: str = "main") -> Path:
@@ -99,7 +101,7 @@ def model_folder(uri: str, store: Store, revision: str = "main") -> Path:
         from huggingface_hub import snapshot_download
 
         wanted = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
-        commit = hub_revision(uri, revision, "model")
+        commit, _ = hub_contents(uri, revision, "model")
         folder = Path(snapshot_download(uri, revision=commit, allow_patterns=wanted))
     if not (folder / "config.json").is_file():
         raise TuneyardError(
