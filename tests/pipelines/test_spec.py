@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from components.evaluate.config import METRICS
-from components.shared.errors import SpecError, UsageError
+from components.shared.errors import EXIT_USAGE, SpecError, UsageError
 from pipelines.graph import inputs_of
 from pipelines.spec import FOLDER, load, names
 
@@ -82,9 +82,11 @@ def test_every_shipped_pipeline_loads():
     ],
 )
 def test_a_fault_names_its_line_and_what_to_do(tmp_path, text, expected):
+    path = write(tmp_path, text)
     with pytest.raises(SpecError) as caught:
-        load(write(tmp_path, text))
-    assert expected in str(caught.value)
+        load(path)
+    assert str(caught.value).startswith(f"{path}: ") and expected in str(caught.value)
+    assert caught.value.exit_code == EXIT_USAGE
 
 
 CLASSES = """name: classes
@@ -118,7 +120,6 @@ def test_a_gate_is_on_what_the_pipeline_can_measure(tmp_path_factory, task, data
         load(str(path))
         faults = []
     except SpecError as error:
-        assert error.exit_code == 2
         faults = error.faults
     assert [fault[: len(start)] for fault, start in zip(faults, expected, strict=True)] == expected
 
