@@ -8,19 +8,19 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, ValidationError
 
 from components.compress.config import CompressConfig
 from components.deploy.config import DeployConfig
 from components.evaluate.config import EvaluateConfig
 from components.ingest.config import IngestConfig
 from components.register.config import RegisterConfig
-from components.shared import examples
 from components.shared.errors import SpecError, UsageError
 from components.shared.settings import Settings
 from components.split.config import SplitConfig
 from components.train.config import TrainConfig
 from components.validate.config import ValidateConfig
+from pipelines import sections
 
 FOLDER = Path(__file__).resolve().parent
 
@@ -42,21 +42,6 @@ class PipelineSpec(Settings):
     register_: RegisterConfig | None = Field(None, alias="register")
     deploy: DeployConfig | None = None
 
-    @model_validator(mode="after")
-    def _fits_together(self) -> PipelineSpec:
-        wanted = (
-            "labelled-text"
-            if self.train.objective == "classification"
-            else "prompt-completion or conversational"
-        )
-        if (self.ingest.format == "labelled-text") != (self.train.objective == "classification"):
-            raise ValueError(
-                f"objective {self.train.objective} needs {wanted} data, ingest.format is {self.ingest.format}"
-            )
-        if self.deploy and not self.register_:
-            raise ValueError("deploy needs a register section: only a registered model is put in service")
-        return self
-
     def stages(self) -> dict[str, Settings]:
         """Stage name -> settings, for the stages this pipeline has, in order."""
         every: dict[str, Settings | None] = {
@@ -71,14 +56,10 @@ class PipelineSpec(Settings):
         }
         return {name: settings for name, settings in every.items() if settings is not None}
 
-    @property
-    def model_name(self) -> str:
-        """Name of the registered model."""
-        return (self.register_.name if self.register_ else None) or self.name
-
     def resolved(self) -> dict[str, Any]:
-        """Every setting with its default filled in, as the pipeline file spells it."""
-        return self.model_dump(mode="json", by_alias=True)
+        """Every setting with its default filled in, as a pipeline file spells it: `load` reads it back."""
+        dumped = self.model_dump(mode="json", by_alias=True, exclude={"ingest": {"test_source"}})
+        return {name: section for name, section in dumped.items() if section is not None}
 
 
 def names() -> list[str]:
@@ -120,7 +101,8 @@ def load(spec: str, overrides: Sequence[str] = ()) -> PipelineSpec:
         raise SpecError(
             str(path), ["line 1: a pipeline file is a mapping of sections (name, ingest, train, ...)"]
         )
-    _fill_in(raw)
+    faults += [f"line {_line(at, lines)}: {'.'.join(at)}: {what}" for at, what in sections.misfits(raw)]
+    sections.fill_in(raw)
     try:
         pipeline = PipelineSpec.model_validate(raw)
     except ValidationError as error:
@@ -200,66 +182,12 @@ def _override(raw: Any, overrides: Sequence[str]) -> list[str]:
     return faults
 
 
-def _fill_in(raw: dict[str, Any]) -> None:
-    """What one section says that another needs; the only place where sections meet."""
-    for optional in ("compress", "register", "deploy"):
-        if optional in raw:
-            raw[optional] = (
-                {} if raw[optional] in (None, True) else None if raw[optional] is False else raw[optional]
-            )
-    for section in ("validate", "split", "evaluate"):
-        if section in raw and raw[section] is None:
-            del raw[section]
-    ingest, train, split = (_section(raw, name) for name in ("ingest", "train", "split"))
-    if not ingest:
-        return
-    columns = _section(ingest, "columns")
-    if "format" not in ingest:
-        spoken = {*columns.keys(), *map(str, columns.values())}
-        classifies = train.get("objective") == "classification"
-        ingest["format"] = (
-            "labelled-text"
-            if classifies
-            else ("conversational" if "messages" in spoken else "prompt-completion")
-        )
-    ingest["columns"] = _our_names_first(columns, ingest["format"])
-    if split.get("test_source"):
-        ingest["test_source"] = split["test_source"]
-    known = {*examples.REQUIRED.get(ingest["format"], ()), *examples.OPTIONAL.get(ingest["format"], ())}
-    wanted = [split[k] for k in ("stratify_by", "group_by") if isinstance(split.get(k), str)]
-    keep = list(ingest.get("keep") or [])
-    ingest["keep"] = keep + [column for column in wanted if column not in known and column not in keep]
-
-
-def _section(raw: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """The mapping of that name, or an empty one where it is absent or no mapping (a fault found later)."""
-    found = raw.get(name)
-    return found if isinstance(found, dict) else {}
-
-
-def _our_names_first(columns: Mapping[str, Any], dataset_type: Any) -> dict[str, Any]:
-    """`{field: column}`, also from `{column: field}`, which reads as naturally and means the same.
-
-    It is turned round only where no key and every value is a field, so there is no doubt which was meant.
-    """
-    if not isinstance(dataset_type, str) or dataset_type not in examples.REQUIRED:
-        return dict(columns)
-    known = set(examples.fields(dataset_type))
-    if (
-        columns
-        and not known & set(columns)
-        and all(isinstance(v, str) and v in known for v in columns.values())
-    ):
-        return {field: column for column, field in columns.items()}
-    return dict(columns)
-
-
 def _sentence(fault: Any, lines: Mapping[tuple[str, ...], int]) -> str:
     """One pydantic error as `line N: section.key: what (value); did you mean ...`."""
     at = tuple(str(part) for part in fault["loc"])
     # Tags of unions are part of pydantic's path and not of the file's.
     shown = tuple(p for i, p in enumerate(at) if not (i and at[i - 1] == "adapter" and p in ("lora", "full")))
-    line = next((lines[shown[:n]] for n in range(len(shown), -1, -1) if shown[:n] in lines), 1)
+    line = _line(shown, lines)
     where = ".".join(shown) or "the file"
     if fault["type"] == "extra_forbidden":
         near = difflib.get_close_matches(shown[-1], _siblings(shown[:-1]), 1, 0.5)
@@ -273,6 +201,11 @@ def _sentence(fault: Any, lines: Mapping[tuple[str, ...], int]) -> str:
         else ""
     )
     return f"line {line}: {where}: {message}{seen}"
+
+
+def _line(at: tuple[str, ...], lines: Mapping[tuple[str, ...], int]) -> int:
+    """The line of a key, or of the nearest section around it that the file has."""
+    return next((lines[at[:n]] for n in range(len(at), -1, -1) if at[:n] in lines), 1)
 
 
 def _siblings(section: tuple[str, ...]) -> list[str]:

@@ -46,12 +46,12 @@ def store(store_env, tmp_path, monkeypatch):
 @pytest.fixture
 def mlflow_store(store, tmp_path, tmp_path_factory, monkeypatch):
     """`store`, and an MLflow database of its own, copied from one that was migrated once (5 s)."""
-    from components.shared import tracking
+    from components.shared import mlflow_database
 
     template = tmp_path_factory.getbasetemp() / "mlflow-template.db"
     if not template.exists():
         monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{template}.new")
-        tracking.prepare()
+        mlflow_database.client()
         os.replace(f"{template}.new", template)
     shutil.copy(template, tmp_path / "mlflow.db")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'mlflow.db'}")

@@ -30,8 +30,9 @@ class IngestConfig(Settings):
     """What to read and how to see it as examples.
 
     Args:
-        source: s3:// prefix, local path or glob, or Hugging Face data set id.
-        test_source: the source's own test split, if any (set `split.test_source` in a pipeline file).
+        source: s3:// prefix, local path or glob, or Hugging Face data set id (its train split, where there is
+            one).
+        test_source: the source's own test split, if any; a pipeline file says `split.test_source`.
         format: dataset type; inferred from `columns` or the objective when absent.
         columns: field -> column of the source. Absent fields are read from a column of their own name; null
             leaves an optional field out.

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import html
 import logging
+import re
 import unicodedata
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,7 +27,9 @@ log = logging.getLogger("tuneyard.ingest")
 # Zero-width space, joiners and non-joiner between CJK, word joiner, byte order mark: invisible, and they make
 # equal texts unequal. Tab and line feed are text.
 _INVISIBLE = dict.fromkeys([0x200B, 0x2060, 0xFEFF, *(c for c in range(32) if c not in (9, 10, 13)), 127])
-ROLES = ("system", "user", "assistant", "tool")
+ROLES = ("system", "user", "assistant")
+# A word of a path: between separators or digits, or at an end.
+_SPLIT = re.compile(r"(?<![a-z])(train|test)(?:ing)?(?![a-z])")
 
 
 def normalise(text: str, how: Normalise) -> str:
@@ -104,11 +108,11 @@ def to_example(row: Mapping[str, Any], config: IngestConfig) -> dict[str, Any] |
     )
 
 
-def _files(uri: str, config: IngestConfig, store: Store) -> list[tuple[str, Path]]:
+def _files(uri: str, part: str, config: IngestConfig, store: Store) -> list[tuple[str, Path]]:
     """(name to show, local path) of each data file of a source, in a stable order."""
     kind = sources.kind_of(uri)
     if kind == "hub":
-        return _hub_files(uri, config, store)
+        return _hub_files(uri, part, config.revision)
     if kind == "s3":
         root = store.get_prefix(uri)
         paths = sorted(p for p in root.rglob("*") if p.is_file())
@@ -127,24 +131,46 @@ def _files(uri: str, config: IngestConfig, store: Store) -> list[tuple[str, Path
     return data
 
 
-def _hub_files(uri: str, config: IngestConfig, store: Store) -> list[tuple[str, Path]]:
+def _hub_files(uri: str, part: str, revision: str) -> list[tuple[str, Path]]:
     from huggingface_hub import snapshot_download
 
-    commit = sources.hub_revision(uri, config.revision, "dataset")
-    patterns = [
-        f"*{s}{c}" for s in (".jsonl", ".json", ".csv", ".tsv", ".parquet") for c in ("", ".gz", ".zst")
-    ]
-    root = Path(snapshot_download(uri, repo_type="dataset", revision=commit, allow_patterns=patterns))
-    paths = sorted(p for p in root.rglob("*") if p.is_file())
-    if not paths:
+    commit, names = sources.hub_contents(uri, revision, "dataset")
+    names = sorted(name for name in names if data_suffix(Path(name)))
+    if not names:
         raise TuneyardError(f"data set {uri}: no JSONL, CSV or Parquet file in it", "convert it first")
-    return [(f"{uri}@{commit[:12]}/{p.relative_to(root)}", p) for p in paths]
+    wanted = _of_split(uri, part, names)
+    # A name in the repository is no pattern: `[` in it must mean itself.
+    patterns = [glob.escape(name) for name in wanted]
+    root = Path(snapshot_download(uri, repo_type="dataset", revision=commit, allow_patterns=patterns))
+    return [(f"{uri}@{commit[:12]}/{name}", root / name) for name in wanted]
+
+
+def _of_split(uri: str, part: str, names: Sequence[str]) -> list[str]:
+    """The files of the split that is meant: train for a source, test for a test source.
+
+    As for the hub's own loader, a word of the path tells the split (`data/train-00000-of-00001.parquet`,
+    `en/test/0.jsonl`), the last if there are two. A source whose paths name no train split is taken whole.
+
+    Raises:
+        TuneyardError: a test source whose paths name a train split and no test split.
+    """
+    split = "test" if part == "test" else "train"
+    told = {name: _SPLIT.findall(name.lower())[-1:] for name in names}
+    chosen = [name for name in names if told[name] == [split]]
+    if not chosen and split == "test" and ["train"] in told.values():
+        raise TuneyardError(
+            f"data set {uri}: no file of a test split among {list(names)[:5]}",
+            "leave split.test_source out: train, eval and test are then divided by split.ratios",
+        )
+    if chosen and len(chosen) < len(names):
+        log.info("ingest: %s: the %d files of its %s split, out of %d", uri, len(chosen), split, len(names))
+    return chosen or list(names)
 
 
 def _rows(config: IngestConfig, store: Store) -> Iterator[tuple[str, str, int, dict[str, Any] | Fault]]:
     """(part, file, line, row or fault) over the main source, then the test source."""
     for part, uri in (("main", config.source), ("test", config.test_source)):
-        for name, path in _files(uri, config, store) if uri else []:
+        for name, path in _files(uri, part, config, store) if uri else []:
             for line, row in read(path):
                 yield part, name, line, row
 
@@ -222,7 +248,7 @@ def ingest(config: IngestConfig, inputs: Mapping[str, Artifact], context: Contex
 
     Raises:
         TuneyardError: no data file at the source.
-        StageStopped: not one row could be kept.
+        StageStopped: not one row could be kept, or two columns of a file have one name.
     """
     account = _Account()
     jsonl.write(context.out / "examples" / "examples.jsonl", _kept(config, context.store, account))

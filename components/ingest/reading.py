@@ -10,7 +10,8 @@ import csv
 import gzip
 import re
 import zlib
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from typing import Any
 import orjson
 import zstandard
 
-from components.shared.errors import TuneyardError
+from components.shared.errors import StageStopped, TuneyardError
 
 MAX_LINE_BYTES = 16 * 2**20
 _SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
@@ -125,8 +126,29 @@ def read_jsonl(path: Path) -> Rows:
             yield number, Fault("not_an_object", "", f"a JSON {type(row).__name__}", _shown(line))
 
 
+def _each_once(path: Path, names: Sequence[str]) -> list[str]:
+    """Column names. A row is a mapping, so of two columns with one name it would keep only the last.
+
+    Columns without a name cannot be asked for, so it does not matter how many there are.
+
+    Raises:
+        StageStopped: a name stands twice.
+    """
+    twice = sorted(name for name, count in Counter(names).items() if name and count > 1)
+    if twice:
+        raise StageStopped(
+            f"{path.name}: more than one column is named {', '.join(map(repr, twice))}",
+            "rename or remove the columns that are not meant, so that each name stands once",
+        )
+    return list(names)
+
+
 def read_csv(path: Path, delimiter: str = ",") -> Rows:
-    """CSV with a header row (RFC 4180); the line is the one a row begins on."""
+    """CSV with a header row (RFC 4180); the line is the one a row begins on.
+
+    Raises:
+        StageStopped: two columns have one name.
+    """
     csv.field_size_limit(MAX_LINE_BYTES)
     bad: list[tuple[int, Fault]] = []
     at = 0
@@ -164,7 +186,7 @@ def read_csv(path: Path, delimiter: str = ",") -> Rows:
             yield from bad
             bad.clear()
         if header is None:
-            header = [cell.strip() for cell in cells]
+            header = _each_once(path, [cell.strip() for cell in cells])
         elif len(cells) != len(header):
             if cells:
                 detail = f"{len(cells)} cells under {len(header)} column names"
@@ -174,13 +196,18 @@ def read_csv(path: Path, delimiter: str = ",") -> Rows:
 
 
 def read_parquet(path: Path) -> Rows:
-    """Parquet, one row group at a time."""
+    """Parquet, one row group at a time.
+
+    Raises:
+        StageStopped: two columns have one name.
+    """
     import pyarrow
     import pyarrow.parquet
 
     number = 0
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
+            _each_once(path, file.schema_arrow.names)
             for batch in file.iter_batches(batch_size=4096):
                 for row in batch.to_pylist():
                     number += 1

@@ -7,7 +7,7 @@ from typing import Literal
 
 from pydantic import Field, field_validator
 
-from components.shared.settings import Settings
+from components.shared.settings import MODEL_NAME, Settings
 
 # What models may be compared by, and which way is better. Costs (latency, memory) are not among them: they
 # belong to the machine that measured them.
@@ -34,7 +34,7 @@ class RegisterConfig(Settings):
             models, `accuracy` for classifiers.
     """
 
-    name: str | None = Field(None, pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,99}$")
+    name: str | None = Field(None, pattern=f"^{MODEL_NAME}$")
     compare_by: str | None = None
 
     @field_validator("compare_by")

@@ -17,11 +17,11 @@ from typing import Any
 
 from components.shared.errors import TuneyardError
 from components.shared.mlflow_database import attempt, client
+from components.shared.settings import MODEL_NAME
 
 CANDIDATE = "candidate"
 CHAMPION = "champion"
 
-NAME_PATTERN = r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}"
 _WITNESS = "ledger_head"
 _PAGE = 1000
 
@@ -55,7 +55,7 @@ def check_name(name: str) -> str:
     Raises:
         TuneyardError: it cannot.
     """
-    if not re.fullmatch(NAME_PATTERN, name):
+    if not re.fullmatch(MODEL_NAME, name):
         raise TuneyardError(
             f"{name!r} cannot name a registered model",
             "use up to 100 letters, digits, `_`, `-` and `.`, no spaces",

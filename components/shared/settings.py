@@ -7,6 +7,9 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
+# What may name a registered model: it can stand in MLflow, in an S3 key and in a file name alike.
+MODEL_NAME = r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}"
+
 
 class Settings(BaseModel):
     """Settings of a stage. Defaults live here and nowhere else; a pipeline file states differences."""

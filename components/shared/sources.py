@@ -5,12 +5,15 @@ from __future__ import annotations
 import glob
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from components.shared import digest
 from components.shared.errors import TuneyardError
-from components.shared.store import Store
+from components.shared.store import Store, split_uri
 
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
@@ -49,8 +52,8 @@ def local_files(uri: str) -> list[Path]:
     return files
 
 
-def hub_revision(repository: str, revision: str, repo_type: str) -> str:
-    """The commit that a revision of a Hugging Face repository points at now.
+def hub_contents(repository: str, revision: str, repo_type: str) -> tuple[str, list[str]]:
+    """The commit that a revision of a Hugging Face repository points at now, and the paths of its files.
 
     Raises:
         TuneyardError: no such repository or revision, or the hub cannot be reached.
@@ -58,37 +61,69 @@ def hub_revision(repository: str, revision: str, repo_type: str) -> str:
     from huggingface_hub import HfApi
 
     try:
-        return str(HfApi().repo_info(repository, revision=revision, repo_type=repo_type).sha)
+        info: Any = HfApi().repo_info(repository, revision=revision, repo_type=repo_type)
     except Exception as error:  # the client raises a dozen unrelated types, all meaning "not to be had"
         raise TuneyardError(
             f"Hugging Face {repo_type} {repository!r} at {revision!r} cannot be had "
             f"({type(error).__name__}: {error})",
             "a local path must exist or start with ./ ; else check the id, the network, HF_TOKEN",
         ) from error
+    return str(info.sha), [sibling.rfilename for sibling in info.siblings or []]
 
 
 def fingerprint(uri: str, store: Store, repo_type: str, revision: str = "main") -> str:
-    """A digest of the content that a URI names at this moment.
+    """A digest of the content that a URI names at this moment; a model must also be one that can be used.
 
     Args:
         uri: s3:// prefix, local path or glob, or Hugging Face id.
         store: gives the S3 client.
-        repo_type: `dataset` or `model`, for a Hugging Face id.
+        repo_type: `dataset` or `model`.
         revision: of a Hugging Face id.
+
+    Raises:
+        TuneyardError: nothing is there, or a model without config.json or safetensors.
     """
     kind = kind_of(uri)
+    content: list[Any]
     if kind == "s3":
-        return digest.of_value([[o["key"], o["size"], o["etag"]] for o in store.list_prefix(uri)])
-    if kind == "local":
-        return digest.of_value([[str(p), digest.of_file(p)] for p in local_files(uri)])
-    return digest.of_value([uri, hub_revision(uri, revision, repo_type)])
+        objects = store.list_prefix(uri)
+        content = [[o["key"], o["size"], o["etag"]] for o in objects]
+        folder = split_uri(uri)[1].rstrip("/") + "/"
+        names = [o["key"].removeprefix(folder) for o in objects]
+    elif kind == "local":
+        paths = local_files(uri)
+        content = [[str(p), digest.of_file(p)] for p in paths]
+        names = [p.name for p in paths if p.parent == Path(os.path.expanduser(uri))]
+    else:
+        commit, names = hub_contents(uri, revision, repo_type)
+        content = [uri, commit]
+    if repo_type == "model":
+        _refuse_unusable(uri, names)
+    return digest.of_value(content)
+
+
+def _refuse_unusable(uri: str, names: Sequence[str]) -> None:
+    """Refuse a base model by the paths of its files, which are known before a byte of it is fetched."""
+    if "config.json" not in names:
+        raise TuneyardError(
+            f"base model {uri}: no config.json there", "name the folder that holds config.json"
+        )
+    if any("/" not in name and name.endswith(".safetensors") for name in names):
+        return
+    pickles = sorted(name for name in names if Path(name).suffix in _PICKLES)
+    instead = f", only {', '.join(pickles[:5])}, and reading a pickle runs what is in it" if pickles else ""
+    raise TuneyardError(
+        f"base model {uri}: no *.safetensors file beside config.json{instead}",
+        "convert its weights to safetensors on a machine that may run them (transformers' save_pretrained "
+        "writes them), or name a base model that has them",
+    )
 
 
 def model_folder(uri: str, store: Store, revision: str = "main") -> Path:
     """A local folder with the files of a base model.
 
     Raises:
-        TuneyardError: nothing is there, or it is no model folder (no config.json).
+        TuneyardError: nothing is there, or it has no config.json or no safetensors.
     """
     kind = kind_of(uri)
     if kind == "s3":
@@ -99,10 +134,7 @@ def model_folder(uri: str, store: Store, revision: str = "main") -> Path:
         from huggingface_hub import snapshot_download
 
         wanted = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
-        commit = hub_revision(uri, revision, "model")
+        commit, _ = hub_contents(uri, revision, "model")
         folder = Path(snapshot_download(uri, revision=commit, allow_patterns=wanted))
-    if not (folder / "config.json").is_file():
-        raise TuneyardError(
-            f"base model {uri}: no config.json in {folder}", "name the folder that holds config.json"
-        )
+    _refuse_unusable(uri, [path.name for path in folder.glob("*")])
     return folder

@@ -26,15 +26,6 @@ _TAG_CHARACTERS = 8000
 _SYSTEM_METRICS_SECONDS = 5
 
 
-def prepare() -> None:
-    """Make the database now (some seconds when it is new), so that no stage waits for it.
-
-    Raises:
-        TuneyardError: MLFLOW_TRACKING_URI is not set, or the database cannot be used.
-    """
-    client()
-
-
 def start_run(experiment: str, name: str, params: Mapping[str, Any], tags: Mapping[str, Any]) -> str:
     """Start a run, its experiment made at need with its artifacts under TUNEYARD_MLFLOW_ARTIFACTS.
 

@@ -13,7 +13,8 @@ class SplitConfig(Settings):
     Args:
         ratios: fractions of train, eval and test. With a test split of the source's own, train and eval
             share what is left in their proportion.
-        stratify_by: `label`, or a column; the balance of its values between the sides is measured.
+        stratify_by: `label` (a classification pipeline's default), or a column. The shares of its values are
+            right in expectation only; their balance between the sides is measured and gated.
         group_by: a column; examples that share its value stay on one side.
         test_source: the source's own test split: s3:// prefix, path, glob or Hugging Face id.
         seed: moves every example to another side with it.

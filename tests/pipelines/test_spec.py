@@ -10,7 +10,8 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from components.shared.errors import SpecError, UsageError
+from components.evaluate.config import METRICS
+from components.shared.errors import EXIT_USAGE, SpecError, UsageError
 from pipelines.graph import inputs_of
 from pipelines.spec import FOLDER, load, names
 
@@ -53,20 +54,104 @@ def test_every_shipped_pipeline_loads():
         ("a: [1\n", "not YAML"),
         ("- 1\n", "line 1: a pipeline file is a mapping"),
         (GOOD + "  epochs: 1\n  max_steps: 2\n", "epochs (1.0) and max_steps (2) cannot both be set"),
-        (GOOD + "deploy:\n", "deploy needs a register section"),
+        (GOOD + "deploy:\n", "line 6: deploy: needs a register section"),
+        (GOOD + "register: false\ndeploy:\n", "line 7: deploy: needs a register section"),
         (GOOD + "split: {ratios: [0.5, 0.1, 0.1]}\n", "must be positive and sum to 1"),
         (
             GOOD.replace("sft", "classification").replace("source:", "format: prompt-completion, source:"),
-            "needs labelled-text",
+            "line 2: ingest.format: objective classification needs labelled-text data",
+        ),
+        (
+            GOOD.replace("sft", "dpo"),
+            "line 4: train.objective: Input should be 'sft' or 'classification' (it is 'dpo')",
+        ),
+        (
+            GOOD.replace("source:", "test_source: ./test.jsonl, source:"),
+            "line 2: ingest.test_source: write it as split.test_source",
+        ),
+        (
+            GOOD.replace("source:", "keep: client, source:"),
+            "line 2: ingest.keep: Input should be a valid list",
+        ),
+        (
+            GOOD + "register: {compare_by: auc}\n",
+            "line 6: register.compare_by: auc is no metric of a causal-lm",
         ),
         (GOOD.replace("{prompt: q", "{question: q"), "are no fields of prompt-completion"),
         (GOOD + "evaluate: {gates: {loss: {}}}\n", "a gate needs min or max"),
     ],
 )
 def test_a_fault_names_its_line_and_what_to_do(tmp_path, text, expected):
+    path = write(tmp_path, text)
     with pytest.raises(SpecError) as caught:
-        load(write(tmp_path, text))
-    assert expected in str(caught.value)
+        load(path)
+    assert str(caught.value).startswith(f"{path}: ") and expected in str(caught.value)
+    assert caught.value.exit_code == EXIT_USAGE
+
+
+CLASSES = """name: classes
+ingest: {source: ./corpus.jsonl}
+train:
+  objective: classification
+  base_model: ./model
+evaluate:
+  gates:
+    accuracy: {min: 0.9}
+    size_ratio: {max: 0.3}
+"""
+
+
+@pytest.mark.parametrize("task", METRICS)
+@given(st.data())
+def test_a_gate_is_on_what_the_pipeline_can_measure(tmp_path_factory, task, data):
+    """Any gate that the spec takes is a metric of its task, and each of the others is named with its line."""
+    every = sorted({metric for metrics in METRICS.values() for metric in metrics})
+    gates = data.draw(st.lists(st.sampled_from(every), unique=True, min_size=1))
+    compress = data.draw(st.booleans())
+    text = GOOD if task == "causal-lm" else CLASSES[: CLASSES.index("evaluate")]
+    lines = [*text.splitlines(), "evaluate:", "  gates:", *(f"    {metric}: {{max: 1}}" for metric in gates)]
+    path = tmp_path_factory.mktemp("gates") / "gates.yaml"
+    path.write_text("\n".join(lines + ["compress:"] * compress))
+    without = set() if compress else {"accuracy_drop_points", "throughput_ratio", "size_ratio"}
+    good = set(METRICS[task]) - without
+    expected = [f"line {lines.index(f'    {m}: {{max: 1}}') + 1}: evaluate.gates.{m}: " for m in gates]
+    expected = [start for start, metric in zip(expected, gates, strict=True) if metric not in good]
+    try:
+        load(str(path))
+        faults = []
+    except SpecError as error:
+        faults = error.faults
+    assert [fault[: len(start)] for fault, start in zip(faults, expected, strict=True)] == expected
+
+
+def test_a_gate_on_compression_needs_the_stage_and_says_so_among_all_faults(tmp_path):
+    with pytest.raises(SpecError) as caught:
+        load(write(tmp_path, CLASSES + "register: {compare_by: bleu}\n"), ["train.epochs=lots"])
+    gate, register, epochs = caught.value.faults
+    assert gate.startswith(
+        "line 9: evaluate.gates.size_ratio: compares the compressed model with the tuned one"
+    )
+    assert register.startswith("line 10: register.compare_by: bleu is no metric of a classification model; ")
+    assert register.endswith("choose from accuracy, macro_f1, auc") and "train.epochs" in epochs
+    assert load(write(tmp_path, CLASSES + "compress:\nregister: {compare_by: auc}\n"))
+
+
+def test_classification_is_stratified_by_label_unless_the_file_says_otherwise(tmp_path):
+    def stratified(text):
+        return load(write(tmp_path, text)).resolved()["split"]["stratify_by"]
+
+    classes = CLASSES + "compress:\n"
+    assert stratified(classes) == "label"
+    assert stratified(classes + "split: {seed: 7}\n") == "label"
+    assert stratified(classes + "split: {stratify_by: source}\n") == "source"
+    assert stratified(classes + "split: {stratify_by: null}\n") is None
+    assert stratified(GOOD) is None
+
+
+@pytest.mark.parametrize("text", [GOOD, *((FOLDER / f"{name}.yaml").read_text() for name in names())])
+def test_a_resolved_pipeline_is_a_pipeline_file(tmp_path, text):
+    spec = load(write(tmp_path, text))
+    assert load(write(tmp_path, yaml.safe_dump(spec.resolved()))) == spec
 
 
 def test_all_faults_come_at_once(tmp_path):
@@ -94,6 +179,7 @@ def test_overrides_are_checked_as_the_file_is(tmp_path):
 def test_the_test_source_goes_to_ingest(tmp_path):
     spec = load(write(tmp_path, GOOD + "split: {test_source: ./test.jsonl}\n"))
     assert spec.ingest.external_uris() == ["./corpus.jsonl", "./test.jsonl"]
+    assert "test_source" not in spec.resolved()["ingest"]
 
 
 def test_an_unknown_name_suggests_one():

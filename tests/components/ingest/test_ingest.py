@@ -12,25 +12,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from components.ingest.config import IngestConfig, Normalise
-from components.ingest.ingest import ingest, normalise, to_example
+from components.ingest.ingest import normalise, to_example
 from components.ingest.reading import Fault, read
-from components.shared import jsonl
 from components.shared.errors import StageStopped, TuneyardError
-from components.shared.stage import Context
 
 COLUMNS = {"prompt": "q", "completion": "a"}
 GOOD = {"q": "什么是合同？", "a": "合同是协议。"}
-
-
-def run(source, tmp_path, **settings_):
-    config = IngestConfig(source=str(source), columns=COLUMNS, **settings_)
-    context = Context("run", "test", "ingest", "key", None, tmp_path / "out", tmp_path / "work")
-    context.out.mkdir()
-    return ingest(config, {}, context), context.out
-
-
-def rows(folder, name):
-    return list(jsonl.read(folder / name / f"{name}.jsonl"))
 
 
 BAD_LINES = {
@@ -47,15 +34,14 @@ BAD_LINES = {
 }
 
 
-def test_each_malformed_line_is_named_with_its_line_and_reason(tmp_path):
+def test_each_malformed_line_is_named_with_its_line_and_reason(run, tmp_path):
     good = json.dumps(GOOD, ensure_ascii=False).encode()
     lines = [good]
     for bad in BAD_LINES:
         lines += [bad, good]
     source = tmp_path / "corpus.jsonl"
     source.write_bytes(b"\xef\xbb\xbf" + b"\n".join(lines))
-    result, out = run(source, tmp_path)
-    kept, quarantine = rows(out, "examples"), rows(out, "quarantine")
+    result, kept, quarantine = run(source)
     assert [row["reason"] for row in quarantine] == list(BAD_LINES.values())
     assert [row["line"] for row in quarantine] == list(range(2, 2 * len(BAD_LINES) + 1, 2))
     assert all(row["file"] == str(source) for row in quarantine)
@@ -65,12 +51,12 @@ def test_each_malformed_line_is_named_with_its_line_and_reason(tmp_path):
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(st.binary(max_size=60), min_size=1, max_size=12))
-def test_any_bytes_are_kept_or_quarantined_and_never_lost(tmp_path_factory, lines):
+def test_any_bytes_are_kept_or_quarantined_and_never_lost(run, tmp_path_factory, lines):
     folder = tmp_path_factory.mktemp("wild")
     good = json.dumps(GOOD).encode()
     body = [good, *(line.replace(b"\n", b" ").replace(b"\r", b" ") for line in lines)]
     (folder / "wild.jsonl").write_bytes(b"\n".join(body))
-    result, _ = run(folder / "wild.jsonl", folder)
+    result, _, _ = run(folder / "wild.jsonl")
     blank = sum(not line.strip() for line in body)
     assert result.summary["read"] + blank == len(body)
 
@@ -78,7 +64,7 @@ def test_any_bytes_are_kept_or_quarantined_and_never_lost(tmp_path_factory, line
 @pytest.mark.parametrize(
     "suffix", [".jsonl", ".jsonl.gz", ".jsonl.zst", ".csv", ".tsv", ".csv.gz", ".parquet"]
 )
-def test_every_format_gives_the_same_examples(tmp_path, suffix):
+def test_every_format_gives_the_same_examples(run, tmp_path, suffix):
     source = tmp_path / f"corpus{suffix}"
     data = [GOOD, {"q": 'says "hi",\nthen\tleaves', "a": "好"}]
     if suffix == ".parquet":
@@ -101,28 +87,25 @@ def test_every_format_gives_the_same_examples(tmp_path, suffix):
 
             raw = zstandard.compress(raw)
         source.write_bytes(raw)
-    _, out = run(source, tmp_path)
-    assert [(row["prompt"], row["completion"]) for row in rows(out, "examples")] == [
-        (r["q"], r["a"]) for r in data
-    ]
+    _, examples, _ = run(source)
+    assert [(row["prompt"], row["completion"]) for row in examples] == [(r["q"], r["a"]) for r in data]
 
 
-def test_a_torn_gzip_keeps_what_came_before_and_says_so(tmp_path):
+def test_a_torn_gzip_keeps_what_came_before_and_says_so(run, tmp_path):
     whole = "\n".join(json.dumps({"q": f"question {i}", "a": f"answer {i}"}) for i in range(2000)).encode()
     source = tmp_path / "corpus.jsonl.gz"
     source.write_bytes(gzip.compress(whole)[:-2000])
-    result, _ = run(source, tmp_path)
+    result, _, _ = run(source)
     assert 0 < result.summary["kept"] < 2000
     assert "torn_file" in result.summary["by_reason"]
 
 
-def test_a_csv_row_with_too_few_cells_is_named_by_its_line(tmp_path):
+def test_a_csv_row_with_too_few_cells_is_named_by_its_line(run, tmp_path):
     source = tmp_path / "corpus.csv"
     source.write_text('q,a\n"two\nlines",x\nonly one\nlast,y\n')
-    _, out = run(source, tmp_path)
-    (bad,) = rows(out, "quarantine")
+    _, examples, (bad,) = run(source)
     assert (bad["line"], bad["reason"]) == (4, "bad_csv")
-    assert [row["origin"]["line"] for row in rows(out, "examples")] == [2, 5]
+    assert [row["origin"]["line"] for row in examples] == [2, 5]
 
 
 @given(st.text(max_size=80))
@@ -140,26 +123,26 @@ def test_what_normalisation_changed_can_be_had_back(text):
         assert example.get("original", {}).get("prompt", example["prompt"]) == text
 
 
-def test_equal_content_has_an_equal_id_wherever_it_stands(tmp_path):
+def test_equal_content_has_an_equal_id_wherever_it_stands(run, tmp_path):
     source = tmp_path / "corpus.jsonl"
     source.write_text(
         "\n".join(json.dumps(r) for r in (GOOD, GOOD | {"q": " 什么是合同？\r\n"}, GOOD | {"a": "别的"}))
     )
-    _, out = run(source, tmp_path)
-    first, second, third = (row["id"] for row in rows(out, "examples"))
+    _, examples, _ = run(source)
+    first, second, third = (row["id"] for row in examples)
     assert first == second != third
 
 
-def test_unmapped_columns_stop_the_line_and_name_the_columns_there_are(tmp_path):
+def test_unmapped_columns_stop_the_line_and_name_the_columns_there_are(run, tmp_path):
     source = tmp_path / "corpus.jsonl"
     source.write_text('{"question": "x", "answer": "y"}\n')
     with pytest.raises(StageStopped, match=r"corpus.jsonl:1: missing_field .*'answer', 'question'"):
-        run(source, tmp_path)
+        run(source)
 
 
-def test_an_unknown_format_says_which_are_known(tmp_path):
+def test_an_unknown_format_says_which_are_known(run, tmp_path):
     (tmp_path / "corpus.docx").write_bytes(b"x")
     with pytest.raises(TuneyardError, match="jsonl"):
-        run(tmp_path / "corpus.docx", tmp_path)
+        run(tmp_path / "corpus.docx")
     with pytest.raises(TuneyardError, match="zst"):
         next(read(tmp_path / "corpus.docx"))

@@ -5,7 +5,9 @@ import multiprocessing
 import sqlite3
 
 import pytest
+from pydantic import ValidationError
 
+from components.register.config import RegisterConfig
 from components.shared import mlflow_database, registry
 from components.shared.errors import TuneyardError
 
@@ -66,6 +68,12 @@ def test_an_unknown_model_has_nothing(mlflow_store):
 def test_names_that_would_not_fit_everywhere_are_refused(mlflow_store, name):
     with pytest.raises(TuneyardError, match="cannot name a registered model"):
         add(name)
+    with pytest.raises(ValidationError, match="should match pattern"):
+        RegisterConfig(name=name)
+
+
+def test_the_longest_name_passes_in_a_pipeline_file_and_in_the_registry():
+    assert registry.check_name("x" * 100) == RegisterConfig(name="x" * 100).name
 
 
 def test_processes_that_register_at_once_get_a_version_each(mlflow_store):

@@ -86,7 +86,7 @@ def test_processes_that_meet_an_empty_database_all_get_it(tmp_path, monkeypatch)
     """Without the lock they run MLflow's migrations over each other: 7 of 8 failed."""
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'new.db'}")
     monkeypatch.setenv("TUNEYARD_HOME", str(tmp_path))
-    assert rivals(tracking.prepare, [()] * 3) == [0] * 3
+    assert rivals(mlflow_database.client, [()] * 3) == [0] * 3
 
 
 def test_system_metrics_are_logged_while_the_work_goes_on(mlflow_store, monkeypatch):
@@ -110,7 +110,7 @@ def test_a_file_that_is_no_database_is_named(tmp_path, monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'mlflow.db'}")
     monkeypatch.setenv("TUNEYARD_HOME", str(tmp_path))
     with pytest.raises(TuneyardError, match=r"mlflow.db.*not a database"):
-        tracking.prepare()
+        mlflow_database.client()
 
 
 def test_an_artifact_root_is_required_beside_sqlite(mlflow_store, monkeypatch):

@@ -8,9 +8,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from components.shared import jsonl
+from components.ingest.config import IngestConfig
+from components.ingest.ingest import ingest
+from components.shared import examples, jsonl
 from components.shared.errors import TuneyardError
+from components.shared.manifest import Manifest, describe
+from components.shared.stage import Artifact, Context
 from components.validate import quarantine
+from components.validate.config import ValidateConfig
+from components.validate.validate import validate
 
 REASONS = st.lists(st.sampled_from(["bad_json", "empty_field", "wrong_type"]), max_size=30)
 
@@ -74,10 +80,41 @@ def test_a_quarantine_over_budget_stops_the_line_with_fraction_bound_and_rows(ru
 
 
 def test_one_malformed_row_in_a_hundred_is_forgiven_and_a_torn_file_never(run, corpus, quarantined):
-    examples = corpus("prompt-completion", 199)
-    assert not run("prompt-completion", examples, quarantined=quarantined(1))[0].stop
-    stop = run("prompt-completion", examples, quarantined=quarantined(1, "torn_file"))[0].stop
+    rows = corpus("prompt-completion", 199)
+    assert not run("prompt-completion", rows, quarantined=quarantined(1))[0].stop
+    stop = run("prompt-completion", rows, quarantined=quarantined(1, "torn_file"))[0].stop
     assert "quarantine budget torn_file: 1 of 200 rows read (0.50%), over 0.00%" in stop
+
+
+@pytest.mark.parametrize("bad", [2, 3])
+def test_of_a_file_one_percent_may_be_malformed(tmp_path, corpus, bad):
+    """From the file on: ingest says which rows and why, and the default budget decides."""
+    good = map(examples.content, corpus("prompt-completion", 200)[bad:])
+    lines = [json.dumps(row, ensure_ascii=False) for row in good]
+    wrong = ['{"prompt": "torn', '{"prompt": "no answer"}', '{"prompt": "a number", "completion": 5}'][:bad]
+    for at, line in enumerate(wrong):
+        lines.insert(50 * at, line)
+    source = tmp_path / "corpus.jsonl"
+    source.write_text("\n".join(lines))
+
+    def context(stage):
+        return Context("run", "test", stage, "key", None, tmp_path / stage, tmp_path / "work")
+
+    context("ingest").out.mkdir()
+    taken = ingest(IngestConfig(source=str(source)), {}, context("ingest"))
+    folders = {name: tmp_path / "ingest" / name for name in ("examples", "quarantine")}
+    inputs = {
+        name: Artifact(Manifest("dataset", describe(folder), taken.metadata[name]), folder)
+        for name, folder in folders.items()
+    }
+    rows = list(jsonl.read(inputs["quarantine"].path / "quarantine.jsonl"))
+    expected = [(1, "", "bad_json"), (51, "completion", "missing_field"), (101, "completion", "wrong_type")]
+    assert [(row["line"], row["field"], row["reason"]) for row in rows] == expected[:bad]
+    assert {row["file"] for row in rows} == {str(source)}
+    result = validate(ValidateConfig(), inputs, context("validate"))
+    assert result.metrics["failed_expectations"] == 0
+    assert ("quarantine budget total: 3 of 200 rows read (1.50%), over 1.00%" in result.stop) == (bad == 3)
+    assert bool(result.stop) == (bad == 3)
 
 
 def test_a_summary_that_lies_stops_the_stage(run, corpus):

@@ -1,0 +1,119 @@
+"""Where the sections of a pipeline file meet: what one needs of another, and what cannot be together."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from components.evaluate.config import METRICS
+from components.register.config import BETTER
+from components.shared import examples
+
+# Each compares the compressed model with the tuned one.
+_OF_COMPRESSION = ("accuracy_drop_points", "throughput_ratio", "size_ratio")
+_TASKS = {"sft": "causal-lm", "classification": "classification"}
+
+
+def misfits(raw: Mapping[str, Any]) -> Iterator[tuple[tuple[str, ...], str]]:
+    """(key path, what is wrong) for whatever one section says that does not go with another.
+
+    It looks at the values as the file has them, before anything is filled in or checked: so these faults are
+    reported together with those inside the sections, and before hours of training, not after.
+    """
+    ingest, train = _section(raw, "ingest"), _section(raw, "train")
+    if "test_source" in ingest:
+        yield ("ingest", "test_source"), "write it as split.test_source, beside the ratios it changes"
+    if _has(raw, "deploy") and not _has(raw, "register"):
+        yield ("deploy",), "needs a register section: only a registered model is put in service"
+    objective = train.get("objective")
+    if not isinstance(objective, str) or objective not in _TASKS:
+        return
+    task, given = _TASKS[objective], str(ingest.get("format"))
+    if given in examples.REQUIRED and (given == "labelled-text") != (task == "classification"):
+        wanted = "labelled-text" if task == "classification" else "prompt-completion or conversational"
+        yield ("ingest", "format"), f"objective {objective} needs {wanted} data (it is {given!r})"
+    yield from _strange_metrics(raw, task)
+
+
+def _strange_metrics(raw: Mapping[str, Any], task: str) -> Iterator[tuple[tuple[str, ...], str]]:
+    """Gates and comparisons on metrics that an evaluation of this pipeline will not have."""
+    every = {metric for metrics in METRICS.values() for metric in metrics}
+    for metric in map(str, _section(_section(raw, "evaluate"), "gates")):
+        if metric in _OF_COMPRESSION and task == "classification" and not _has(raw, "compress"):
+            what = "compares the compressed model with the tuned one, and there is no compress section"
+            yield ("evaluate", "gates", metric), what
+        elif metric in every and metric not in METRICS[task]:
+            what = f"no metric of a {task} model; its metrics are {', '.join(METRICS[task])}"
+            yield ("evaluate", "gates", metric), what
+    compared = _section(raw, "register").get("compare_by")
+    if isinstance(compared, str) and compared in BETTER and compared not in METRICS[task]:
+        known = ", ".join(name for name in BETTER if name in METRICS[task])
+        yield ("register", "compare_by"), f"{compared} is no metric of a {task} model; choose from {known}"
+
+
+def fill_in(raw: dict[str, Any]) -> None:
+    """Put what one section says into the others that need it."""
+    for optional in ("compress", "register", "deploy"):
+        if optional in raw:
+            raw[optional] = (
+                {} if raw[optional] in (None, True) else None if raw[optional] is False else raw[optional]
+            )
+    for section in ("validate", "split", "evaluate"):
+        if section in raw and raw[section] is None:
+            del raw[section]
+    ingest, train = _section(raw, "ingest"), _section(raw, "train")
+    if not ingest:
+        return
+    if ingest.get("columns") is None:
+        ingest["columns"] = {}
+    columns = _section(ingest, "columns")
+    classifies = train.get("objective") == "classification"
+    if "format" not in ingest:
+        spoken = {*columns.keys(), *map(str, columns.values())}
+        ingest["format"] = (
+            "labelled-text"
+            if classifies
+            else ("conversational" if "messages" in spoken else "prompt-completion")
+        )
+    if classifies and isinstance(raw.setdefault("split", {}), dict):
+        # A file that says `stratify_by: null` wants none.
+        raw["split"].setdefault("stratify_by", "label")
+    if columns:
+        ingest["columns"] = _our_names_first(columns, ingest["format"])
+    split = _section(raw, "split")
+    if isinstance(split.get("test_source"), str):
+        # ingest reads it, so it belongs to ingest's key.
+        ingest["test_source"] = split["test_source"]
+    wanted = [split[k] for k in ("stratify_by", "group_by") if isinstance(split.get(k), str)]
+    keep = ingest.get("keep") or []
+    if isinstance(keep, list):
+        known = [*_fields(ingest["format"]), *keep]
+        ingest["keep"] = keep + [column for column in dict.fromkeys(wanted) if column not in known]
+
+
+def _has(raw: Mapping[str, Any], section: str) -> bool:
+    """Whether a stage is there only by its section: `compress:` is, `compress: false` is not."""
+    return section in raw and raw[section] is not False
+
+
+def _section(raw: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """The mapping of that name, or an empty one where it is absent or no mapping (a fault found later)."""
+    found = raw.get(name)
+    return found if isinstance(found, dict) else {}
+
+
+def _our_names_first(columns: Mapping[str, Any], dataset_type: Any) -> dict[str, Any]:
+    """`{field: column}`, also from `{column: field}`, which reads as naturally and means the same.
+
+    It is turned round only where no key and every value is a field, so there is no doubt which was meant.
+    """
+    known = set(_fields(dataset_type))
+    if not known & set(columns) and all(isinstance(v, str) and v in known for v in columns.values()):
+        return {field: column for column, field in columns.items()}
+    return dict(columns)
+
+
+def _fields(dataset_type: Any) -> tuple[str, ...]:
+    """The fields of a dataset type; none where there is no such type (a fault found later)."""
+    known = isinstance(dataset_type, str) and dataset_type in examples.REQUIRED
+    return examples.fields(dataset_type) if known else ()
