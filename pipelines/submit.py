@@ -84,9 +84,9 @@ def run_local(name: str, overrides: Sequence[str] = (), screen: Any = sys.stderr
         report.log = str(home / "runs" / report.run_id / "log.txt")
         planned = planner.plan(spec, store)
         done = {p.stage: p.commit for p in planned if p.commit}
-        for stage in done:
-            log.info("\u2713 %s  unchanged, done before", stage)
-        if len(done) < len(planned):
+        for stage, commit in done.items():
+            log.info("\u2713 %s  unchanged, %s before", stage, "stopped" if commit["stop"] else "done")
+        if len(done) < len(planned) and not planner.stopped(planned):
             _run_graph(spec, report, done, home, screen)
         _fill(report, spec, done, store, embedded.serving_url)
         report.seconds = round(time.monotonic() - started, 1)

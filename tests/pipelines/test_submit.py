@@ -1,0 +1,101 @@
+"""A run on the real store, its stages stood in for: what runs, what is reported, and in which words."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+
+from components.shared.errors import EXIT_STOPPED, StageStopped
+from components.shared.stage import Result, perform
+from pipelines import planner, submit
+from pipelines.graph import inputs_of
+from pipelines.spec import load
+
+
+@pytest.fixture
+def spec(tmp_path):
+    (tmp_path / "corpus.csv").write_text("prompt,completion\nq,a\n")
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "config.json").write_text("{}")
+    path = tmp_path / "five.yaml"
+    path.write_text(
+        f"name: five\ningest: {{source: {tmp_path / 'corpus.csv'}}}\n"
+        f"train: {{objective: sft, base_model: {tmp_path / 'base'}}}\n"
+    )
+    return str(path)
+
+
+@pytest.fixture
+def home(tmp_path, store, store_env, monkeypatch):
+    """The platform is up already, and no sample is wanted."""
+    folder = tmp_path / "home"
+    folder.mkdir()
+    monkeypatch.setattr(submit.platform, "home_dir", lambda: folder)
+    monkeypatch.setattr(submit.platform, "preflight", lambda *_, **__: None)
+    monkeypatch.setattr(submit.platform, "up", lambda _: SimpleNamespace(serving_url="http://127.0.0.1:1"))
+    monkeypatch.setattr(submit.platform, "environment", lambda _: {})
+    return folder
+
+
+def do(spec, run_id, store, verbs):
+    """Perform these stages in their order, as KFP would: up to the first that fails or stops."""
+    made = {}
+    for stage, settings in load(spec).stages().items():
+        if stage not in verbs:
+            return
+        inputs = {name: made[source] for name, source in inputs_of(stage, load(spec)).items()}
+        verbs[stage].__module__ = f"components.{stage}.{stage}"
+        commit = perform(verbs[stage], settings, {"id": run_id, "pipeline": "five"}, inputs)
+        made |= {(stage, name): store.read_manifest(uri) for name, uri in commit["outputs"].items()}
+
+
+def leaves(*outputs, **result):
+    """A stage's logic that leaves a file in each output."""
+
+    def verb(config, inputs, context):
+        for name in outputs:
+            (context.out / name).mkdir()
+            (context.out / name / "file.txt").write_text(name)
+        return Result(kinds=dict.fromkeys(outputs, "dataset"), **result)
+
+    return verb
+
+
+REFUSING = {
+    "ingest": leaves("examples", "quarantine"),
+    "validate": leaves("report", stop="answers: 3 of 9 are empty", stop_todo="fill them in"),
+    "split": leaves("train", "eval", "test"),
+}
+
+
+def states(report):
+    return {stage["name"]: (stage["status"], stage["cached"]) for stage in report.stages}
+
+
+def test_what_a_check_refused_goes_no_further_on_the_second_submit(spec, home, store, monkeypatch):
+    def graph(spec_, report, *_):
+        with pytest.raises(StageStopped):
+            do(spec, report.run_id, store, REFUSING)
+
+    monkeypatch.setattr(submit, "_run_graph", graph)
+    first = submit.run_local(spec, screen=None)
+    monkeypatch.setattr(submit, "_run_graph", lambda *_: pytest.fail("a stage was run on refused data"))
+    again = submit.run_local(spec, screen=None)
+    assert states(first)["validate"] == ("stopped", False) and states(again)["validate"] == ("stopped", True)
+    assert states(first)["split"] == states(again)["split"] == ("not run", False)
+    for report in (first, again):
+        assert (report.status, report.exit_code) == ("stopped", EXIT_STOPPED)
+        assert report.error["todo"] == "fill them in"
+    assert submit.explain(first) == submit.explain(again) != ""
+
+
+def test_what_was_done_after_a_stop_is_not_taken_for_done(spec, store):
+    passing = REFUSING | {"validate": leaves("report")}
+    do(spec, "run-1", store, passing)
+    assert [bool(each.commit) for each in planner.plan(load(spec), store)] == [True, True, True, False, False]
+    (commit,) = (name for name in store.names("stages/validate/"))
+    store.write_json(commit, store.read_json(commit) | {"stop": "too many empty answers"})
+    planned = planner.plan(load(spec), store)
+    assert [bool(each.commit) for each in planned] == [True, True, False, False, False]
+    assert planner.stopped(planned)
