@@ -73,7 +73,7 @@ def run_local(name: str, overrides: Sequence[str] = (), screen: Any = sys.stderr
     started = time.monotonic()
     home = platform.home_dir()
     log.info("%s: no cluster is configured, running on this machine (%s)", spec.name, home)
-    platform.preflight(home, disk_gib=6, memory_gib=4)
+    platform.preflight(home)
     embedded = platform.up(home)
     os.environ.update(platform.environment(embedded))
     with _one_at_a_time(home, spec.name):
