@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from components.shared.stage import read_commit, stage_key
+from components.shared.commit import read_commit, stage_key
 from components.shared.store import Store
 from pipelines.graph import inputs_of
 from pipelines.spec import PipelineSpec

@@ -2,7 +2,7 @@
 
 Layout of the bucket: `objects/<2>/<sha256>` the bytes, `manifests/<digest>.json` what a tree consists of,
 `stages/<stage>/<key>.json` the commit of a finished stage, `runs/<run>/...` what happened in a run.
-An object is complete or absent (S3 promises that much), and a commit is written last and only once.
+An object is complete or absent (S3 promises that much), and a commit is written last and once (`commit.py`).
 """
 
 from __future__ import annotations
@@ -112,6 +112,10 @@ class Store:
                 return False
             raise
         return True
+
+    def remove(self, name: str) -> None:
+        """Remove what has that name; nothing happens when nothing has."""
+        self.client.delete_object(Bucket=self.bucket, Key=self.key(name))
 
     def names(self, prefix: str) -> list[str]:
         """Names below a prefix of the store's root, sorted."""

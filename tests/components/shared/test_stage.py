@@ -98,10 +98,30 @@ def test_a_deleted_output_is_no_hit(stage, store):
     assert len(calls) == 2 and store.has_tree(store.read_manifest(again["outputs"]["data"]))
 
 
-def test_an_effect_that_no_longer_holds_is_made_again(stage):
+def test_an_effect_that_no_longer_holds_is_made_again_and_committed_anew(stage, store):
     stage(Config(holds=False))
-    _, calls = stage(Config(holds=False))
+    again, calls = stage(Config(holds=False), run={"id": "run-2", "pipeline": "test"})
     assert len(calls) == 2
+    (name,) = store.names("stages/ingest/")
+    assert store.read_json(name) == again and again["run"] == "run-2"
+
+
+def test_of_two_that_did_the_same_work_the_first_commit_stands(store):
+    def verb(config, inputs, context):
+        (context.out / "data").mkdir()
+        (context.out / "data" / "by.txt").write_text(context.run)
+        if context.run == "run-1":  # a rival on another machine begins and ends meanwhile
+            theirs.append(perform(verb, config, {"id": "run-2", "pipeline": "test"}, {}))
+            (context.out / "data").mkdir(parents=True)
+            (context.out / "data" / "by.txt").write_text(context.run)
+        return Result(kinds={"data": "dataset"})
+
+    theirs = []
+    verb.__module__ = "components.ingest.ingest"
+    ours = perform(verb, Config(), RUN, {})
+    assert [ours] == theirs and ours["run"] == "run-2"
+    (name,) = store.names("stages/ingest/")
+    assert store.read_json(name) == ours
 
 
 def test_a_stop_is_committed_and_stops_again(stage, store):
