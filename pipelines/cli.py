@@ -46,6 +46,7 @@ def submit(
 
     Example: tuneyard submit sft_legal --set train.learning_rate=1e-4
     """
+    from pipelines import report as reporting
     from pipelines import submit as submitting
 
     if target != "local":
@@ -55,15 +56,16 @@ def submit(
         report = submitting.run_local(spec, set_ or [])
     except TuneyardError as error:
         if as_json:
-            facts = {"what": error.what, "todo": error.todo, "exit_code": error.exit_code}
-            typer.echo(json.dumps({"status": "failed", "exit_code": error.exit_code, "error": facts}))
+            report = reporting.Report(run_id="", pipeline=spec)
+            report.end(error.facts())
+            typer.echo(report.to_json())
         raise
     if as_json:
         typer.echo(report.to_json())
     else:
         _show_run(report)
     if report.exit_code:
-        typer.echo(submitting.explain(report), err=True)
+        typer.echo(reporting.explain(report), err=True)
     raise typer.Exit(report.exit_code)
 
 
@@ -79,7 +81,8 @@ def _show_run(report: Any) -> None:
         table.add_row(stage["name"], stage["status"], seconds)
     console = Console()
     console.print(f"\n{report.run_id}: {report.status} in {report.seconds:.0f} s")
-    console.print(table)
+    if report.stages:
+        console.print(table)
     if report.metrics:
         metrics = Table()
         systems = list(report.metrics)

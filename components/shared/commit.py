@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from components.shared import digest, sources
-from components.shared.errors import StageStopped, TuneyardError
+from components.shared.errors import StageStopped, StoreError, TuneyardError
 from components.shared.settings import Settings
 from components.shared.store import Store
 
@@ -60,6 +60,8 @@ def read_commit(stage: str, key: str, config: Settings, store: Store) -> dict[st
     for name, uri in commit["outputs"].items():
         try:
             whole = store.has_tree(store.read_manifest(uri))
+        except StoreError:
+            raise
         except TuneyardError:
             whole = False
         if not whole:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 EXIT_DONE = 0
 EXIT_FAILED = 1
@@ -24,6 +25,14 @@ class TuneyardError(Exception):
         self.what = what
         self.todo = todo
         super().__init__(f"{what}\n  -> {todo}" if todo else what)
+
+    def facts(self) -> dict[str, Any]:
+        """The error for a record or a report."""
+        return {"what": self.what, "todo": self.todo, "exit_code": self.exit_code}
+
+
+class StoreError(TuneyardError):
+    """The S3 store does not answer, or refuses: which says nothing of what it holds."""
 
 
 class UsageError(TuneyardError):

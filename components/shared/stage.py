@@ -25,8 +25,9 @@ from components.shared.commit import (
     stage_key,
     write_commit,
 )
-from components.shared.errors import EXIT_FAILED, TuneyardError
+from components.shared.errors import EXIT_FAILED, StoreError, TuneyardError
 from components.shared.manifest import Manifest
+from components.shared.placing import disk_full
 from components.shared.settings import Settings
 from components.shared.store import Store
 
@@ -140,6 +141,18 @@ def record(store: Store, run: str, stage: str, **facts: Any) -> None:
     store.write_json(f"runs/{run}/{stage}.json", {"stage": stage, **facts})
 
 
+def _record_failure(error: BaseException, store: Store, run: str, stage: str, seconds: float) -> None:
+    facts = {"what": f"{type(error).__name__}: {error}", "todo": "", "exit_code": EXIT_FAILED}
+    if isinstance(error, TuneyardError):
+        facts = error.facts()
+    status = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
+    try:
+        record(store.impatient(), run, stage, status=status, error=facts, seconds=seconds)
+    except StoreError as unheard:
+        # The failure itself is what the reader needs; it goes on its way.
+        log.error("%s: how it failed could not be recorded (%s)", stage, unheard.what)
+
+
 def perform(
     verb: Verb, config: Settings, run: Mapping[str, str], inputs: Mapping[str, Manifest]
 ) -> dict[str, Any]:
@@ -177,15 +190,12 @@ def perform(
         status = "stopped" if commit["stop"] else "done"
         record(store, run["id"], stage, status=status, cached=cached, seconds=seconds, key=key)
         log.info("%s%s  %.1f s%s", FINISHED, stage, seconds, ", done before" if cached else "")
-    except TuneyardError as error:
-        facts = {"what": error.what, "todo": error.todo, "exit_code": error.exit_code}
-        record(store, run["id"], stage, status="failed", error=facts, seconds=round(time.time() - started, 3))
-        raise
     except BaseException as error:
-        facts = {"what": f"{type(error).__name__}: {error}", "todo": "", "exit_code": EXIT_FAILED}
-        status = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
-        record(store, run["id"], stage, status=status, error=facts, seconds=round(time.time() - started, 3))
-        raise
+        fault = disk_full(error, work_folder(stage, "")) or error
+        _record_failure(fault, store, run["id"], stage, round(time.time() - started, 3))
+        if fault is error:
+            raise
+        raise fault from error
     raise_if_stopped(commit)
     return commit
 
@@ -224,9 +234,14 @@ def execute(
     }
     try:
         commit = perform(verb, config_class.model_validate_json(config), json.loads(run), manifests)
+        _hand_over(commit, outputs, page, metrics)
     except TuneyardError as error:
         log.error("%s: %s", verb.__module__.split(".")[1], error)
         sys.exit(error.exit_code)
+
+
+def _hand_over(commit: Mapping[str, Any], outputs: Mapping[str, Any], page: Any, metrics: Any) -> None:
+    """Leave for KFP what the commit says."""
     store = Store.from_environment()
     for name, artifact in outputs.items():
         manifest = store.read_manifest(commit["outputs"][name])

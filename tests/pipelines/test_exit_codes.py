@@ -8,12 +8,13 @@ import pytest
 
 from components.shared.errors import TuneyardError
 from pipelines import cli, submit
+from pipelines.report import Report
 
 
 @pytest.mark.parametrize("code", [0, 1, 3])
 def test_submit_ends_with_the_code_of_the_run(monkeypatch, capsys, code):
     error = {"what": "loss 2 is over 1", "todo": "train better", "exit_code": code, "stage": "evaluate"}
-    report = submit.Report("run-1", "legal", exit_code=code, error=error if code else None)
+    report = Report("run-1", "legal", exit_code=code, error=error if code else None)
     monkeypatch.setattr(submit, "run_local", lambda *_: report)
     monkeypatch.setattr(submit, "interruptible", lambda: None)
     monkeypatch.setattr("sys.argv", ["tuneyard", "submit", "legal", "--json"])

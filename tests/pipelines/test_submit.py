@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from types import SimpleNamespace
 
 import pytest
 
-from components.shared.errors import EXIT_STOPPED, StageStopped
+from components.shared.errors import EXIT_FAILED, EXIT_STOPPED, StageStopped, StoreError, TuneyardError
 from components.shared.stage import Result, perform
+from components.shared.store import Store
 from pipelines import planner, submit
 from pipelines.graph import inputs_of
+from pipelines.report import explain
 from pipelines.spec import load
 
 
@@ -77,6 +80,7 @@ def test_what_a_check_refused_goes_no_further_on_the_second_submit(spec, home, s
     def graph(spec_, report, *_):
         with pytest.raises(StageStopped):
             do(spec, report.run_id, store, REFUSING)
+        return "validate failed"
 
     monkeypatch.setattr(submit, "_run_graph", graph)
     first = submit.run_local(spec, screen=None)
@@ -87,7 +91,7 @@ def test_what_a_check_refused_goes_no_further_on_the_second_submit(spec, home, s
     for report in (first, again):
         assert (report.status, report.exit_code) == ("stopped", EXIT_STOPPED)
         assert report.error["todo"] == "fill them in"
-    assert submit.explain(first) == submit.explain(again) != ""
+    assert explain(first) == explain(again) != ""
 
 
 def test_what_was_done_after_a_stop_is_not_taken_for_done(spec, store):
@@ -99,3 +103,59 @@ def test_what_was_done_after_a_stop_is_not_taken_for_done(spec, store):
     planned = planner.plan(load(spec), store)
     assert [bool(each.commit) for each in planned] == [True, True, False, False, False]
     assert planner.stopped(planned)
+
+
+def test_a_store_that_fails_in_mid_run_still_leaves_a_report(spec, home, store, monkeypatch):
+    def down(*_):
+        raise StoreError("the S3 store failed", "tuneyard up")
+
+    def graph(spec_, report, *_):
+        do(spec, report.run_id, store, {"ingest": REFUSING["ingest"]})
+        monkeypatch.setattr(Store, "read_json", down)
+        return "validate failed"
+
+    monkeypatch.setattr(submit, "_run_graph", graph)
+    report = submit.run_local(spec, screen=None)
+    assert (report.status, report.exit_code) == ("failed", EXIT_FAILED)
+    assert report.error == {"what": "the S3 store failed", "todo": "tuneyard up", "exit_code": EXIT_FAILED}
+    assert states(report) == dict.fromkeys(load(spec).stages(), ("unknown", False))
+    assert json.loads(report.to_json())["run_id"] == report.run_id
+
+
+def test_the_reason_of_a_stage_stands_before_what_follows_from_it(spec, home, store, monkeypatch):
+    def fail(config, inputs, context):
+        raise TuneyardError("row 7 is no row", "correct it")
+
+    def graph(spec_, report, *_):
+        with pytest.raises(TuneyardError):
+            do(spec, report.run_id, store, {"ingest": fail})
+        return "Task 'ingest' finished with status FAILURE"
+
+    def full(*_):
+        raise StoreError("no room", "free some disk")
+
+    monkeypatch.setattr(submit, "_run_graph", graph)
+    write = Store.write_json
+    monkeypatch.setattr(
+        Store,
+        "write_json",
+        lambda self, name, *rest, **how: (full if name.endswith("run.json") else write)(
+            self, name, *rest, **how
+        ),
+    )
+    report = submit.run_local(spec, screen=None)
+    assert explain(report) == "ingest: row 7 is no row\n  -> correct it" and report.exit_code == EXIT_FAILED
+    assert states(report)["ingest"] == ("failed", False) and states(report)["split"] == ("not run", False)
+
+
+def test_a_failure_before_the_stages_is_reported_and_listed(spec, home, store, monkeypatch):
+    def refuse(*_):
+        raise TuneyardError("the registry cannot be reached", "check the network")
+
+    monkeypatch.setattr(submit.fetch, "ensure", refuse)
+    report = submit.run_local(spec, screen=None)
+    assert (report.pipeline, report.status, report.stages) == ("five", "failed", [])
+    assert report.error["what"] == "the registry cannot be reached"
+    assert store.read_json(f"runs/{report.run_id}/run.json")["status"] == "failed"
+    monkeypatch.setattr(submit.platform, "preflight", refuse)
+    assert submit.run_local(spec, screen=None).error == report.error

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import time
 
 import pytest
 
 from components.shared import clock
-from components.shared.errors import EXIT_STOPPED, StageStopped, TuneyardError
+from components.shared import stage as around
+from components.shared.errors import EXIT_STOPPED, StageStopped, StoreError, TuneyardError
 from components.shared.settings import Settings
 from components.shared.stage import Result, perform
+from components.shared.store import Store
 
 RUN = {"id": "run-1", "pipeline": "test"}
 
@@ -138,6 +141,49 @@ def test_a_failure_leaves_a_record_and_no_commit(stage, store):
     record = store.read_json("runs/run-1/ingest.json")
     assert record["status"] == "failed" and record["error"]["todo"] == "take fewer"
     assert store.names("stages/ingest/") == []
+
+
+def test_a_failure_that_cannot_be_recorded_is_still_the_one_that_is_told(stage, monkeypatch):
+    def refuse(store, run, name, status, **facts):
+        if status == "failed":
+            raise StoreError("the store is down too", "start it")
+
+    monkeypatch.setattr(around, "record", refuse)
+    with pytest.raises(TuneyardError, match="99 is too many"):
+        stage(Config(number=99))
+
+
+def test_a_store_that_is_down_does_not_make_a_done_stage_undone(stage, store, monkeypatch):
+    stage(Config())
+
+    def fail(*_):
+        raise StoreError("the store is down", "start it")
+
+    with monkeypatch.context() as down:
+        down.setattr(Store, "has_tree", fail)
+        with pytest.raises(StoreError):
+            stage(Config())
+    _, calls = stage(Config())
+    assert len(calls) == 1
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        OSError(errno.ENOSPC, "No space left on device", "/"),
+        OSError(errno.EDQUOT, "Disk quota exceeded"),
+        RuntimeError("I/O error: No space left on device (os error 28)"),
+    ],
+)
+def test_a_full_disk_is_told_with_its_folder_and_what_is_free(store, fault):
+    def verb(config, inputs, context):
+        raise fault
+
+    verb.__module__ = "components.ingest.ingest"
+    with pytest.raises(TuneyardError, match=r"the disk is full.* [\d,]+ bytes are free under /") as caught:
+        perform(verb, Config(), RUN, {})
+    assert "TUNEYARD_HOME" in caught.value.todo
+    assert store.read_json("runs/run-1/ingest.json")["error"] == caught.value.facts()
 
 
 def test_equal_bytes_from_another_setting_cut_off_early(stage):

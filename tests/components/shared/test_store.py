@@ -6,11 +6,13 @@ import json
 import random
 
 import pytest
+from botocore.exceptions import ClientError
 
 from components.shared import sources
-from components.shared.errors import TuneyardError
+from components.shared.errors import StoreError, TuneyardError
 from components.shared.manifest import FileEntry, Manifest, describe
-from components.shared.store import Store, is_data_object, split_uri
+from components.shared.s3 import is_data_object, split_uri
+from components.shared.store import Store
 
 
 @pytest.fixture
@@ -130,3 +132,40 @@ def test_a_fingerprint_follows_bytes_and_nothing_else(store, tmp_path):
     assert sources.fingerprint(str(corpus), store, "dataset") != before
     with pytest.raises(TuneyardError, match="no file there"):
         sources.fingerprint(str(tmp_path / "*.csv"), store, "dataset")
+
+
+@pytest.mark.parametrize(
+    "ask",
+    [
+        lambda store, tree, manifest: store.read_json("x.json"),
+        lambda store, tree, manifest: store.write_json("x.json", {}, once=True),
+        lambda store, tree, manifest: store.remove("x.json"),
+        lambda store, tree, manifest: store.names("x"),
+        lambda store, tree, manifest: store.put_tree(tree, "dataset"),
+        lambda store, tree, manifest: store.read_manifest(store.manifest_uri(manifest)),
+        lambda store, tree, manifest: store.get_tree(manifest, tree.parent / "back"),
+        lambda store, tree, manifest: store.has_tree(manifest),
+        lambda store, tree, manifest: store.get_prefix("s3://corpora/x"),
+    ],
+)
+def test_a_store_that_is_down_is_named_with_what_to_do(store, tree, tmp_path, monkeypatch, ask):
+    manifest = Manifest("dataset", describe(tree))
+    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", "http://127.0.0.1:9")
+    down = Store(store.root, tmp_path / "empty", attempts=1)
+    with pytest.raises(StoreError, match=r"the S3 store at http://127\.0\.0\.1:9 failed") as caught:
+        ask(down, tree, manifest)
+    assert "tuneyard status" in caught.value.todo and "tuneyard up" in caught.value.todo
+
+
+@pytest.mark.parametrize(("status", "code"), [(507, "InsufficientStorage"), (500, "InternalError")])
+def test_a_store_without_room_says_how_much_there_is(store, tree, monkeypatch, status, code):
+    answer = {"Error": {"Code": code}, "ResponseMetadata": {"HTTPStatusCode": status}}
+
+    def refuse(**_):
+        raise ClientError(answer, "PutObject")
+
+    monkeypatch.setattr(store.client, "put_object", refuse)
+    for write in (lambda: store.write_json("x.json", {}), lambda: store.put_tree(tree, "dataset")):
+        with pytest.raises(StoreError, match=f"{code}.*PutObject") as caught:
+            write()
+        assert "free some disk" in caught.value.todo and "bytes are free under" in caught.value.todo
