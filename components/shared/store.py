@@ -1,7 +1,8 @@
 """The artifact store: content-addressed files in S3, a local cache of them, and the commits of stages.
 
 Layout of the bucket: `objects/<2>/<sha256>` the bytes, `manifests/<digest>.json` what a tree consists of,
-`stages/<stage>/<key>.json` the commit of a finished stage, `runs/<run>/...` what happened in a run.
+`stages/<stage>/<key>.json` the commit of a finished stage, `runs/<run>/...` what happened in a run,
+`damaged/objects/...` what was found with another digest than its name says.
 An object is complete or absent (S3 promises that much), and a commit is written last and once (`commit.py`).
 """
 
@@ -223,14 +224,25 @@ class Store:
                 ) from error
             found = digest.of_file(aside)
             if found != entry.sha256:
+                self._set_aside(entry)
                 raise TuneyardError(
                     f"{entry.path}: s3://{self.bucket}/{key} has sha256 {found[:12]}, "
-                    f"expected {entry.sha256[:12]}",
-                    "the object was changed or cut: delete it and submit again",
+                    f"expected {entry.sha256[:12]}; it was changed or cut, and is now under damaged/",
+                    "submit again: it will be made anew",
                 )
 
         into_place(path, download)
         return path
+
+    def _set_aside(self, entry: FileEntry) -> None:
+        """Move a damaged object away: its artifact then counts as gone, its place is free for a whole one.
+
+        It is kept, since it may have been whole and the machine that read it at fault.
+        """
+        name = self._object_name(entry)
+        source = {"Bucket": self.bucket, "Key": self.key(name)}
+        self.client.copy(source, self.bucket, self.key(f"damaged/{name}"))
+        self.remove(name)
 
     # --- any prefix that a user filled ------------------------------------------------------------
 

@@ -101,6 +101,20 @@ def test_a_deleted_output_is_no_hit(stage, store):
     assert len(calls) == 2 and store.has_tree(store.read_manifest(again["outputs"]["data"]))
 
 
+def test_a_damaged_output_is_made_again_once_somebody_read_it(stage, store, tmp_path):
+    commit, _ = stage(Config())
+    manifest = store.read_manifest(commit["outputs"]["data"])
+    sha256 = manifest.files[0].sha256
+    key = store.key(f"objects/{sha256[:2]}/{sha256}")
+    store.client.put_object(Bucket=store.bucket, Key=key, Body=b"2")
+    reader = Store(store.root, tmp_path / "another-cache")
+    with pytest.raises(TuneyardError, match="it will be made anew"):
+        reader.get_tree(manifest, tmp_path / "back")
+    again, calls = stage(Config())
+    assert len(calls) == 2 and again["outputs"] == commit["outputs"]
+    assert (reader.get_tree(manifest, tmp_path / "back") / "number.txt").read_text() == "1"
+
+
 def test_an_effect_that_no_longer_holds_is_made_again_and_committed_anew(stage, store):
     stage(Config(holds=False))
     again, calls = stage(Config(holds=False), run={"id": "run-2", "pipeline": "test"})

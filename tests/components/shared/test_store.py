@@ -44,7 +44,7 @@ def test_equal_bytes_have_one_digest_whoever_made_them(store, tree):
 
 
 @pytest.mark.parametrize("damage", ["flip", "cut", "swap", "gone"])
-def test_damage_in_the_store_is_noticed_when_read(store, tree, tmp_path, damage):
+def test_damage_in_the_store_is_noticed_when_read_and_the_object_made_anew(store, tree, tmp_path, damage):
     manifest = store.put_tree(tree, "dataset")
     entry = next(e for e in manifest.files if e.path == "sub/b.bin")
     key = store.key(f"objects/{entry.sha256[:2]}/{entry.sha256}")
@@ -59,9 +59,14 @@ def test_damage_in_the_store_is_noticed_when_read(store, tree, tmp_path, damage)
         store.client.delete_object(Bucket=store.bucket, Key=key)
     else:
         store.client.put_object(Bucket=store.bucket, Key=key, Body=bytes(body))
-    with pytest.raises(TuneyardError, match=r"sub/b\.bin"):
+    with pytest.raises(TuneyardError, match=r"sub/b\.bin.*\n.*submit again"):
         another_cache(store, tmp_path).get_tree(manifest, tmp_path / "back")
-    assert store.has_tree(manifest) == (damage in ("flip", "swap"))
+    assert not store.has_tree(manifest)
+    kept = store.names("damaged/")
+    assert kept == ([] if damage == "gone" else [f"damaged/objects/{entry.sha256[:2]}/{entry.sha256}"])
+    store.put_tree(tree, "dataset")
+    back = another_cache(store, tmp_path).get_tree(manifest, tmp_path / "back")
+    assert describe(back) == describe(tree)
 
 
 def test_a_damaged_cache_heals(store, tree, tmp_path):
