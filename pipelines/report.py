@@ -9,7 +9,7 @@ from typing import Any
 
 from components.shared import ledger
 from components.shared.commit import commit_name
-from components.shared.errors import EXIT_DONE, EXIT_STOPPED, TuneyardError
+from components.shared.errors import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, TuneyardError
 from components.shared.store import Store
 from pipelines.spec import PipelineSpec
 
@@ -70,7 +70,9 @@ def gather(
             commit, record = done.get(stage), None
             if commit is None:
                 record = store.read_json(f"runs/{report.run_id}/{stage}.json")
-            if record and record["status"] in ("done", "stopped"):
+            if record and record["status"] == "running":
+                record = _killed(stage, report.log)
+            elif record and record["status"] in ("done", "stopped"):
                 commit = store.read_json(commit_name(stage, record["key"]))
             report.stages.append(_row(stage, commit, record))
             fault = fault or _fault(stage, commit, record)
@@ -82,6 +84,17 @@ def gather(
             report.stages.append(_row(stage, done.get(stage), unknown))
         if fault:
             report.end(fault)
+
+
+def _killed(stage: str, log: str) -> dict[str, Any]:
+    """The record of a stage that could not write how it ended."""
+    goes_on = ": it goes on from its last checkpoint" if stage == "train" else ""
+    error = {
+        "what": f"{stage} was killed (out of memory?) or could not record how it ended",
+        "todo": f"see the end of {log}; submit again{goes_on}",
+        "exit_code": EXIT_FAILED,
+    }
+    return {"status": "failed", "error": error}
 
 
 def _row(stage: str, commit: Mapping[str, Any] | None, record: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -140,4 +153,4 @@ def explain(report: Report) -> str:
         return ""
     error = TuneyardError(report.error["what"], report.error["todo"])
     stage = report.error.get("stage")
-    return f"{stage}: {error}" if stage else str(error)
+    return f"{stage}: {error}" if stage and not error.what.startswith(f"{stage} ") else str(error)

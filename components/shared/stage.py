@@ -176,6 +176,8 @@ def perform(
     started = time.time()
     log.info("%s%s", STARTED, stage)
     try:
+        # Whatever ends the stage overwrites this, but for a kill.
+        record(store, run["id"], stage, status="running")
         key = stage_key(stage, config, {name: manifest.digest for name, manifest in inputs.items()}, store)
         commit = read_commit(stage, key, config, store)
         cached = commit is not None

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
+import os
+import signal
 from types import SimpleNamespace
 
 import pytest
@@ -159,3 +162,25 @@ def test_a_failure_before_the_stages_is_reported_and_listed(spec, home, store, m
     assert store.read_json(f"runs/{report.run_id}/run.json")["status"] == "failed"
     monkeypatch.setattr(submit.platform, "preflight", refuse)
     assert submit.run_local(spec, screen=None).error == report.error
+
+
+def test_a_stage_that_was_killed_is_said_to_be(spec, home, store, monkeypatch):
+    def die(config, inputs, context):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def graph(spec_, report, *_):
+        verbs = REFUSING | {"validate": leaves("report"), "train": die}
+        child = multiprocessing.get_context("fork").Process(
+            target=do, args=(spec, report.run_id, Store.from_environment(), verbs)
+        )
+        child.start()
+        child.join()
+        assert child.exitcode == -signal.SIGKILL
+        return "Task 'train' finished with status FAILURE"
+
+    monkeypatch.setattr(submit, "_run_graph", graph)
+    report = submit.run_local(spec, screen=None)
+    assert states(report)["train"] == ("failed", False) and states(report)["evaluate"] == ("not run", False)
+    assert (report.status, report.exit_code, report.error["stage"]) == ("failed", EXIT_FAILED, "train")
+    assert explain(report).startswith("train was killed (out of memory?)")
+    assert "it goes on from its last checkpoint" in report.error["todo"]
