@@ -10,12 +10,13 @@ from typing import Annotated, Any
 
 import typer
 
-from components.shared.errors import EXIT_FAILED, EXIT_USAGE, TuneyardError, UsageError
+from components.shared.errors import EXIT_INTERRUPTED, EXIT_USAGE, TuneyardError, UsageError
 
 app = typer.Typer(
     name="tuneyard",
     help="Turn a domain corpus and a base model into a fine-tuned model, and keep it in service.",
-    epilog="Exit codes: 0 done, 1 failed, 2 wrong usage or file, 3 stopped by a gate or a data check.",
+    epilog="Exit codes: 0 done, 1 failed, 2 wrong usage or file, 3 stopped by a gate or a data check, "
+    "130 interrupted.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -173,7 +174,7 @@ def runs(
         return
     for run in found:
         model = f"{run['model']['name']} v{run['model']['version']}" if run["model"] else ""
-        typer.echo(f"{run['run_id']:44} {run['status']:8} {run['seconds']:8.1f} s  {model}")
+        typer.echo(f"{run['run_id']:44} {run['status']:11} {run['seconds']:8.1f} s  {model}")
 
 
 @app.command()
@@ -254,8 +255,8 @@ def main() -> None:
         sys.stderr.write(f"{error}\n")
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
-        sys.stderr.write("\nstopped; submit again to go on from the last finished stage\n")
-        sys.exit(EXIT_FAILED)
+        sys.stderr.write("\ninterrupted\n")
+        sys.exit(EXIT_INTERRUPTED)
     except Exception as error:
         if type(error).__module__.startswith(("click", "typer")):
             _usage(error)

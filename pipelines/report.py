@@ -9,11 +9,11 @@ from typing import Any
 
 from components.shared import ledger
 from components.shared.commit import commit_name
-from components.shared.errors import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, TuneyardError
+from components.shared.errors import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_STOPPED, TuneyardError
 from components.shared.store import Store
 from pipelines.spec import PipelineSpec
 
-_STATUS = {EXIT_DONE: "done", EXIT_STOPPED: "stopped"}
+_STATUS = {EXIT_DONE: "done", EXIT_STOPPED: "stopped", EXIT_INTERRUPTED: "interrupted"}
 
 
 @dataclass
@@ -71,7 +71,7 @@ def gather(
             if commit is None:
                 record = store.read_json(f"runs/{report.run_id}/{stage}.json")
             if record and record["status"] == "running":
-                record = _killed(stage, report.log)
+                record = _cut_off(stage, report)
             elif record and record["status"] in ("done", "stopped"):
                 commit = store.read_json(commit_name(stage, record["key"]))
             report.stages.append(_row(stage, commit, record))
@@ -86,12 +86,14 @@ def gather(
             report.end(fault)
 
 
-def _killed(stage: str, log: str) -> dict[str, Any]:
-    """The record of a stage that could not write how it ended."""
+def _cut_off(stage: str, report: Report) -> dict[str, Any]:
+    """The record of a stage that has not written how it ended: it was killed, or is just about to end."""
+    if report.exit_code == EXIT_INTERRUPTED:
+        return {"status": "interrupted", "error": report.error}
     goes_on = ": it goes on from its last checkpoint" if stage == "train" else ""
     error = {
         "what": f"{stage} was killed (out of memory?) or could not record how it ended",
-        "todo": f"see the end of {log}; submit again{goes_on}",
+        "todo": f"see the end of {report.log}; submit again{goes_on}",
         "exit_code": EXIT_FAILED,
     }
     return {"status": "failed", "error": error}

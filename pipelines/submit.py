@@ -15,7 +15,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from components.shared.errors import EXIT_FAILED, TuneyardError, UsageError
+from components.shared.errors import EXIT_FAILED, EXIT_INTERRUPTED, TuneyardError, UsageError
 from components.shared.store import Store
 from pipelines import graph, planner
 from pipelines.embedded import platform
@@ -41,7 +41,8 @@ def run_local(name: str, overrides: Sequence[str] = (), screen: Any = sys.stderr
         screen: where to show progress; None for nowhere.
 
     Returns:
-        How it went, also where the platform or the sample data could not be had and no stage has started.
+        How it went, also where it was interrupted, or no stage has started because the platform or the sample
+        data could not be had.
 
     Raises:
         SpecError, UsageError: the pipeline file or the command is wrong; nothing has started.
@@ -91,13 +92,16 @@ def _run(
 
 @contextlib.contextmanager
 def _told(report: Report) -> Iterator[None]:
-    """An error of ours ends the report and not the command, which has yet to keep and print it."""
+    """An error of ours or Ctrl-C ends the report and not the command, which has yet to keep and print it."""
     try:
         yield
     except UsageError:
         raise
     except TuneyardError as error:
         report.end(error.facts())
+    except KeyboardInterrupt:
+        todo = "submit again to go on from the last finished stage"
+        report.end({"what": "interrupted", "todo": todo, "exit_code": EXIT_INTERRUPTED})
 
 
 @contextlib.contextmanager

@@ -10,8 +10,15 @@ from types import SimpleNamespace
 
 import pytest
 
-from components.shared.errors import EXIT_FAILED, EXIT_STOPPED, StageStopped, StoreError, TuneyardError
-from components.shared.stage import Result, perform
+from components.shared.errors import (
+    EXIT_FAILED,
+    EXIT_INTERRUPTED,
+    EXIT_STOPPED,
+    StageStopped,
+    StoreError,
+    TuneyardError,
+)
+from components.shared.stage import Result, perform, record
 from components.shared.store import Store
 from pipelines import planner, submit
 from pipelines.graph import inputs_of
@@ -184,3 +191,26 @@ def test_a_stage_that_was_killed_is_said_to_be(spec, home, store, monkeypatch):
     assert (report.status, report.exit_code, report.error["stage"]) == ("failed", EXIT_FAILED, "train")
     assert explain(report).startswith("train was killed (out of memory?)")
     assert "it goes on from its last checkpoint" in report.error["todo"]
+
+
+def test_an_interrupted_run_is_reported_and_listed(spec, home, store, monkeypatch):
+    def graph(spec_, report, *_):
+        do(spec, report.run_id, store, {"ingest": REFUSING["ingest"]})
+        record(store, report.run_id, "validate", status="running")
+        os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(submit, "_run_graph", graph)
+    report = submit.run_local(spec, screen=None)
+    assert (report.status, report.exit_code) == ("interrupted", EXIT_INTERRUPTED)
+    assert states(report)["ingest"] == ("done", False)
+    assert states(report)["validate"] == ("interrupted", False)
+    assert explain(report).startswith("validate: interrupted\n  -> submit again")
+    kept = store.read_json(f"runs/{report.run_id}/run.json")
+    assert (kept["status"], kept["exit_code"], kept["seconds"] >= 0) == ("interrupted", 130, True)
+
+
+def test_an_interruption_before_the_stages_is_reported(spec, home, store, monkeypatch):
+    monkeypatch.setattr(submit.fetch, "ensure", lambda *_: os.kill(os.getpid(), signal.SIGINT))
+    report = submit.run_local(spec, screen=None)
+    assert (report.status, report.exit_code, report.stages) == ("interrupted", EXIT_INTERRUPTED, [])
+    assert store.read_json(f"runs/{report.run_id}/run.json")["status"] == "interrupted"
