@@ -10,12 +10,13 @@ from typing import Annotated, Any
 
 import typer
 
-from components.shared.errors import EXIT_FAILED, EXIT_USAGE, TuneyardError, UsageError
+from components.shared.errors import EXIT_INTERRUPTED, EXIT_USAGE, TuneyardError, UsageError
 
 app = typer.Typer(
     name="tuneyard",
     help="Turn a domain corpus and a base model into a fine-tuned model, and keep it in service.",
-    epilog="Exit codes: 0 done, 1 failed, 2 wrong usage or file, 3 stopped by a gate or a data check.",
+    epilog="Exit codes: 0 done, 1 failed, 2 wrong usage or file, 3 stopped by a gate or a data check, "
+    "130 interrupted.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -46,6 +47,7 @@ def submit(
 
     Example: tuneyard submit sft_legal --set train.learning_rate=1e-4
     """
+    from pipelines import report as reporting
     from pipelines import submit as submitting
 
     if target != "local":
@@ -55,15 +57,16 @@ def submit(
         report = submitting.run_local(spec, set_ or [])
     except TuneyardError as error:
         if as_json:
-            facts = {"what": error.what, "todo": error.todo, "exit_code": error.exit_code}
-            typer.echo(json.dumps({"status": "failed", "exit_code": error.exit_code, "error": facts}))
+            report = reporting.Report(run_id="", pipeline=spec)
+            report.end(error.facts())
+            typer.echo(report.to_json())
         raise
     if as_json:
         typer.echo(report.to_json())
     else:
         _show_run(report)
     if report.exit_code:
-        typer.echo(submitting.explain(report), err=True)
+        typer.echo(reporting.explain(report), err=True)
     raise typer.Exit(report.exit_code)
 
 
@@ -79,7 +82,8 @@ def _show_run(report: Any) -> None:
         table.add_row(stage["name"], stage["status"], seconds)
     console = Console()
     console.print(f"\n{report.run_id}: {report.status} in {report.seconds:.0f} s")
-    console.print(table)
+    if report.stages:
+        console.print(table)
     if report.metrics:
         metrics = Table()
         systems = list(report.metrics)
@@ -170,7 +174,7 @@ def runs(
         return
     for run in found:
         model = f"{run['model']['name']} v{run['model']['version']}" if run["model"] else ""
-        typer.echo(f"{run['run_id']:44} {run['status']:8} {run['seconds']:8.1f} s  {model}")
+        typer.echo(f"{run['run_id']:44} {run['status']:11} {run['seconds']:8.1f} s  {model}")
 
 
 @app.command()
@@ -251,8 +255,8 @@ def main() -> None:
         sys.stderr.write(f"{error}\n")
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
-        sys.stderr.write("\nstopped; submit again to go on from the last finished stage\n")
-        sys.exit(EXIT_FAILED)
+        sys.stderr.write("\ninterrupted\n")
+        sys.exit(EXIT_INTERRUPTED)
     except Exception as error:
         if type(error).__module__.startswith(("click", "typer")):
             _usage(error)

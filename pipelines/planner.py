@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from components.shared.stage import read_commit, stage_key
+from components.shared.commit import read_commit, stage_key
 from components.shared.store import Store
 from pipelines.graph import inputs_of
 from pipelines.spec import PipelineSpec
@@ -23,13 +24,14 @@ def plan(spec: PipelineSpec, store: Store) -> list[Planned]:
     """Walk the stages in order. After the first one that must run, the keys of those it feeds are unknown.
 
     A stage that feeds on nothing that must run may still be done (evaluate does not wait for a new register).
+    After a commit that stopped the line nothing is done and nothing is to run: see `stopped`.
     """
     digests: dict[tuple[str, str], str] = {}
-    planned = []
+    planned: list[Planned] = []
     for stage, settings in spec.stages().items():
         sources = inputs_of(stage, spec)
         commit = None
-        if all(source in digests for source in sources.values()):
+        if not stopped(planned) and all(source in digests for source in sources.values()):
             key = stage_key(
                 stage, settings, {name: digests[source] for name, source in sources.items()}, store
             )
@@ -39,3 +41,8 @@ def plan(spec: PipelineSpec, store: Store) -> list[Planned]:
             digests |= {(stage, name): uri.rsplit("/", 1)[1][:-5] for name, uri in commit["outputs"].items()}
         planned.append(Planned(stage, commit))
     return planned
+
+
+def stopped(planned: Sequence[Planned]) -> bool:
+    """Whether a gate or data check stopped the line at a done stage: what it refused must go no further."""
+    return any(each.commit and each.commit["stop"] for each in planned)

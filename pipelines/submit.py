@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import os
 import secrets
@@ -11,45 +10,21 @@ import signal
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from components.shared import ledger
-from components.shared.errors import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, TuneyardError, UsageError
+from components.shared.errors import EXIT_FAILED, EXIT_INTERRUPTED, TuneyardError, UsageError
 from components.shared.store import Store
 from pipelines import graph, planner
 from pipelines.embedded import platform
+from pipelines.report import Report, gather
 from pipelines.samples import fetch
 from pipelines.spec import PipelineSpec, load
 from pipelines.watch import Watcher
 
 log = logging.getLogger("tuneyard.submit")
-
-_STATUS = {EXIT_DONE: "done", EXIT_STOPPED: "stopped"}
-
-
-@dataclass
-class Report:
-    """How a run went; `tuneyard submit --json` prints it."""
-
-    run_id: str
-    pipeline: str
-    status: str = "done"
-    exit_code: int = EXIT_DONE
-    seconds: float = 0.0
-    stages: list[dict[str, Any]] = field(default_factory=list)
-    metrics: dict[str, Any] = field(default_factory=dict)
-    verdict: dict[str, Any] | None = None
-    model: dict[str, Any] | None = None
-    endpoint: str | None = None
-    error: dict[str, Any] | None = None
-    log: str = ""
-
-    def to_json(self) -> str:
-        """The report as one JSON object."""
-        return json.dumps(asdict(self), indent=1, ensure_ascii=False)
 
 
 def new_run_id(pipeline: str) -> str:
@@ -65,33 +40,68 @@ def run_local(name: str, overrides: Sequence[str] = (), screen: Any = sys.stderr
         overrides: `section.key=value`.
         screen: where to show progress; None for nowhere.
 
+    Returns:
+        How it went, also where it was interrupted, or no stage has started because the platform or the sample
+        data could not be had.
+
     Raises:
         SpecError, UsageError: the pipeline file or the command is wrong; nothing has started.
-        TuneyardError: the platform or the sample data cannot be had; no stage has started.
     """
     spec = load(name, overrides)
     started = time.monotonic()
     home = platform.home_dir()
+    report = Report(new_run_id(spec.name), spec.name)
+    report.log = str(home / "runs" / report.run_id / "log.txt")
     log.info("%s: no cluster is configured, running on this machine (%s)", spec.name, home)
-    platform.preflight(home, disk_gib=6, memory_gib=4)
-    embedded = platform.up(home)
-    os.environ.update(platform.environment(embedded))
-    with _one_at_a_time(home, spec.name):
+    with _told(report):
+        platform.preflight(home)
+        embedded = platform.up(home)
+        os.environ.update(platform.environment(embedded))
+        with _one_at_a_time(home, spec.name):
+            _run(spec, report, home, embedded.serving_url, started, screen)
+    report.seconds = round(time.monotonic() - started, 1)
+    return report
+
+
+def _run(
+    spec: PipelineSpec, report: Report, home: Path, serving_url: str, started: float, screen: Any
+) -> None:
+    """Fetch samples, plan, run what is left; however that ends, gather the report and keep it."""
+    store = Store.from_environment()
+    done: dict[str, dict[str, Any]] | None = None
+    kfp_says = ""
+    with _told(report):
         sources = [spec.ingest.source, spec.ingest.test_source or "", spec.train.base_model]
         fetch.ensure([uri for uri in sources if uri], home)
-        store = Store.from_environment()
-        report = Report(new_run_id(spec.name), spec.name)
-        report.log = str(home / "runs" / report.run_id / "log.txt")
         planned = planner.plan(spec, store)
         done = {p.stage: p.commit for p in planned if p.commit}
-        for stage in done:
-            log.info("\u2713 %s  unchanged, done before", stage)
-        if len(done) < len(planned):
-            _run_graph(spec, report, done, home, screen)
-        _fill(report, spec, done, store, embedded.serving_url)
+        for stage, commit in done.items():
+            log.info("\u2713 %s  unchanged, %s before", stage, "stopped" if commit["stop"] else "done")
+        if len(done) < len(planned) and not planner.stopped(planned):
+            kfp_says = _run_graph(spec, report, done, home, screen)
+    if report.error:  # the store may be why, and nobody waits for a minute to learn it again
+        store = store.impatient()
+    with _told(report):
+        if done is not None:
+            gather(report, spec, done, store, serving_url)
+        if kfp_says and not report.error:
+            report.end({"what": kfp_says, "todo": f"see {report.log}", "exit_code": EXIT_FAILED})
         report.seconds = round(time.monotonic() - started, 1)
         store.write_json(f"runs/{report.run_id}/run.json", asdict(report) | {"spec": spec.resolved()})
-    return report
+
+
+@contextlib.contextmanager
+def _told(report: Report) -> Iterator[None]:
+    """An error of ours or Ctrl-C ends the report and not the command, which has yet to keep and print it."""
+    try:
+        yield
+    except UsageError:
+        raise
+    except TuneyardError as error:
+        report.end(error.facts())
+    except KeyboardInterrupt:
+        todo = "submit again to go on from the last finished stage"
+        report.end({"what": "interrupted", "todo": todo, "exit_code": EXIT_INTERRUPTED})
 
 
 @contextlib.contextmanager
@@ -112,8 +122,11 @@ def _one_at_a_time(home: Path, pipeline: str) -> Iterator[None]:
 
 def _run_graph(
     spec: PipelineSpec, report: Report, done: Mapping[str, Mapping[str, Any]], home: Path, screen: Any
-) -> None:
-    """Run the stages that are left through KFP's local runner; how they went is in the store."""
+) -> str:
+    """Run the stages that are left through KFP's local runner. Returns what KFP said of a failure, or ''.
+
+    KFP says only which task failed; the stage's own record, in the store, says why.
+    """
     from kfp import local
 
     store = Store.from_environment()
@@ -133,15 +146,12 @@ def _run_graph(
     try:
         with contextlib.redirect_stdout(watcher), _quiet_kfp():
             pipeline()
-    except KeyboardInterrupt:
-        raise
     except Exception as error:
-        # KFP says only which task failed; the stage's own record, in the store, says why.
-        log.debug("kfp: %s", error)
-        report.error = {"what": str(error), "todo": f"see {report.log}", "exit_code": EXIT_FAILED}
+        return str(error) or type(error).__name__
     finally:
         kfp_log.setLevel(before)
         watcher.close()
+    return ""
 
 
 @contextlib.contextmanager
@@ -167,63 +177,6 @@ def _quiet_kfp() -> Iterator[None]:
         logging_utils.local_logger_context = original
 
 
-def _fill(
-    report: Report, spec: PipelineSpec, done: Mapping[str, Mapping[str, Any]], store: Store, serving_url: str
-) -> None:
-    """Gather the report from the commits and the records of the run."""
-    failed: dict[str, Any] | None = None
-    for stage in spec.stages():
-        record = store.read_json(f"runs/{report.run_id}/{stage}.json")
-        commit = done.get(stage)
-        if commit is None and record and record["status"] in ("done", "stopped"):
-            commit = store.read_json(f"stages/{stage}/{record['key']}.json")
-        seconds = record["seconds"] if record else 0.0
-        status = (
-            record["status"]
-            if record
-            else "stopped"
-            if commit and commit["stop"]
-            else "done"
-            if commit
-            else "not run"
-        )
-        cached = stage in done or bool(record and record.get("cached"))
-        outputs = dict(commit["outputs"]) if commit else {}
-        facts = {"name": stage, "status": status, "seconds": seconds, "cached": cached, "outputs": outputs}
-        if commit and not cached:
-            facts["arithmetic_seconds"] = commit["arithmetic_seconds"]
-        report.stages.append(facts)
-        if commit:
-            _take(report, stage, commit, store, serving_url)
-        if failed is None and record and record["status"] in ("failed", "interrupted"):
-            failed = record["error"] | {"stage": stage}
-        if failed is None and commit and commit["stop"]:
-            facts = {"what": commit["stop"], "todo": commit["stop_todo"], "exit_code": EXIT_STOPPED}
-            failed = facts | {"stage": stage}
-    report.error = failed or report.error
-    report.exit_code = int(report.error["exit_code"]) if report.error else EXIT_DONE
-    report.status = _STATUS.get(report.exit_code, "failed")
-
-
-def _take(report: Report, stage: str, commit: Mapping[str, Any], store: Store, serving_url: str) -> None:
-    summary = commit["summary"]
-    if stage == "evaluate":
-        report.metrics = summary["metrics"]
-        report.verdict = summary["verdict"]
-    elif stage == "register":
-        # The ledger and MLflow's aliases agree, and reading the ledger costs no import of MLflow (2.5 s).
-        aliases = ledger.aliases(ledger.read(summary["name"], store))
-        report.model = {
-            "name": summary["name"],
-            "version": int(summary["version"]),
-            "aliases": sorted(a for a, version in aliases.items() if version == int(summary["version"])),
-            "uri": summary["manifest"],
-            "sha256": summary["digest"],
-        }
-    elif stage == "deploy":
-        report.endpoint = serving_url
-
-
 def interruptible() -> None:
     """Let SIGTERM end a submit as Ctrl-C does: the stage in work is stopped too, at its last checkpoint."""
     import psutil
@@ -236,12 +189,3 @@ def interruptible() -> None:
 
     signal.signal(signal.SIGTERM, stop)
     signal.signal(signal.SIGINT, signal.default_int_handler)
-
-
-def explain(report: Report) -> str:
-    """Why a run did not end well, for a person."""
-    if not report.error:
-        return ""
-    error = TuneyardError(report.error["what"], report.error["todo"])
-    stage = report.error.get("stage")
-    return f"{stage}: {error}" if stage else str(error)

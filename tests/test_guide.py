@@ -1,4 +1,7 @@
-"""Every command that the README and the guide show exists and takes the options it is shown with."""
+"""Every command that the README and the guide show exists and takes the options it is shown with.
+
+And what the README says a machine needs is what `submit` asks of it.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,7 @@ import pytest
 from typer.main import get_command
 
 from pipelines.cli import app
+from pipelines.embedded.preflight import DISK_GIB, MEMORY_GIB
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", ROOT / "docs" / "guide.md"]
@@ -44,3 +48,8 @@ def test_tuneyard_parses_it(line):
     command = get_command(app).commands[name]
     context = command.make_context(name, arguments)
     assert context.params
+
+
+def test_the_readme_asks_for_what_submit_asks_for():
+    said = re.findall(r"(\d+) GiB of (disk|memory)", (ROOT / "README.md").read_text())
+    assert said == [(str(DISK_GIB), "disk"), (str(MEMORY_GIB), "memory")]

@@ -155,7 +155,7 @@ def _replace(
 
 def _restore(name: str, before: dict[str, Any] | None, store: Store, server: ModelServer) -> None:
     if before is None:
-        store.client.delete_object(Bucket=store.bucket, Key=store.key(_document_name(name)))
+        store.remove(_document_name(name))
     else:
         store.write_json(_document_name(name), before)
     try:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from components.shared.digest import TREE_ROOT
-from components.shared.errors import TuneyardError
+from components.shared.errors import StoreError, TuneyardError
 from components.shared.manifest import Manifest
 from components.shared.store import Store
 
@@ -83,6 +83,8 @@ def _manifest(digest: str, store: Store) -> Manifest | None:
     """An earlier stage's manifest; None when it was cleaned away (its digest is on record all the same)."""
     try:
         return store.read_manifest(f"{store.root}/manifests/{digest}.json")
+    except StoreError:
+        raise
     except TuneyardError as error:
         log.warning("lineage ends at %s: %s", digest[:12], error.what)
         return None

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 EXIT_DONE = 0
 EXIT_FAILED = 1
 EXIT_USAGE = 2
 EXIT_STOPPED = 3
+EXIT_INTERRUPTED = 130  # 128 and the number of SIGINT, as shells have it
 
 
 class TuneyardError(Exception):
@@ -24,6 +26,14 @@ class TuneyardError(Exception):
         self.what = what
         self.todo = todo
         super().__init__(f"{what}\n  -> {todo}" if todo else what)
+
+    def facts(self) -> dict[str, Any]:
+        """The error for a record or a report."""
+        return {"what": self.what, "todo": self.todo, "exit_code": self.exit_code}
+
+
+class StoreError(TuneyardError):
+    """The S3 store does not answer, or refuses: which says nothing of what it holds."""
 
 
 class UsageError(TuneyardError):

@@ -1,8 +1,6 @@
 """What happens around every stage: inputs in, the work, outputs committed, a record of how it went.
 
-The same function runs in a local subprocess and in a pod. A stage's *key* is a digest of its code, its
-settings and the content of everything it reads; the commit under that key is written last, so found means
-done and absent means it never happened.
+The same function runs in a local subprocess and in a pod.
 """
 
 from __future__ import annotations
@@ -19,9 +17,17 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from components.shared import clock, digest, sources
-from components.shared.errors import EXIT_FAILED, StageStopped, TuneyardError
+from components.shared import clock, digest
+from components.shared.commit import (
+    commit_name,
+    raise_if_stopped,
+    read_commit,
+    stage_key,
+    write_commit,
+)
+from components.shared.errors import EXIT_FAILED, StoreError, TuneyardError
 from components.shared.manifest import Manifest
+from components.shared.placing import disk_full
 from components.shared.settings import Settings
 from components.shared.store import Store
 
@@ -88,66 +94,6 @@ class Result:
 Verb = Callable[[Any, Mapping[str, Artifact], Context], Result]
 
 
-def external_fingerprints(stage: str, config: Settings, store: Store) -> dict[str, str]:
-    """Digests of what a stage reads besides its inputs, by URI."""
-    repo_type = "dataset" if stage == "ingest" else "model"
-    revision = getattr(config, "revision", None) or "main"
-    return {uri: sources.fingerprint(uri, store, repo_type, revision) for uri in config.external_uris()}
-
-
-def stage_key(stage: str, config: Settings, inputs: Mapping[str, str], store: Store) -> str:
-    """The key of a stage.
-
-    Args:
-        stage: its name.
-        config: its resolved settings.
-        inputs: input name -> digest of the artifact.
-        store: to fingerprint what is outside.
-    """
-    return digest.of_value(
-        {
-            "stage": stage,
-            "code": digest.of_code(stage),
-            "settings": config.model_dump(mode="json"),
-            "inputs": dict(inputs),
-            "external": external_fingerprints(stage, config, store),
-        }
-    )
-
-
-def commit_name(stage: str, key: str) -> str:
-    """Name of a stage's commit in the store."""
-    return f"stages/{stage}/{key}.json"
-
-
-def read_commit(stage: str, key: str, config: Settings, store: Store) -> dict[str, Any] | None:
-    """The commit of a key whose artifacts are all still there and whose effect lasts, else None."""
-    commit = store.read_json(commit_name(stage, key))
-    if commit is None:
-        return None
-    for name, uri in commit["outputs"].items():
-        try:
-            whole = store.has_tree(store.read_manifest(uri))
-        except TuneyardError:
-            whole = False
-        if not whole:
-            log.warning(
-                "%s: output %s of key %s is no longer in the store; running again", stage, name, key[:12]
-            )
-            return None
-    return commit if config.still_true(commit["summary"]) else None
-
-
-def raise_if_stopped(commit: Mapping[str, Any]) -> None:
-    """Stop the line again where a committed stage stopped it before.
-
-    Raises:
-        StageStopped: the commit carries a stop.
-    """
-    if commit["stop"]:
-        raise StageStopped(commit["stop"], commit["stop_todo"])
-
-
 def work_folder(stage: str, key: str) -> Path:
     """The folder of a key that outlives a killed attempt."""
     home = Path(os.environ.get("TUNEYARD_HOME", ".tuneyard")).resolve()
@@ -187,13 +133,24 @@ def _run_verb(
         "arithmetic_seconds": round(clock.arithmetic_seconds() - computed, 3),
         "outputs": {name: context.store.manifest_uri(manifest) for name, manifest in manifests.items()},
     }
-    context.store.write_json(commit_name(context.stage, context.key), commit)
-    return commit
+    return write_commit(commit, context.store)
 
 
 def record(store: Store, run: str, stage: str, **facts: Any) -> None:
     """Write how a stage of a run went, for `submit`, `runs` and whoever looks later."""
     store.write_json(f"runs/{run}/{stage}.json", {"stage": stage, **facts})
+
+
+def _record_failure(error: BaseException, store: Store, run: str, stage: str, seconds: float) -> None:
+    facts = {"what": f"{type(error).__name__}: {error}", "todo": "", "exit_code": EXIT_FAILED}
+    if isinstance(error, TuneyardError):
+        facts = error.facts()
+    status = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
+    try:
+        record(store.impatient(), run, stage, status=status, error=facts, seconds=seconds)
+    except StoreError as unheard:
+        # The failure itself is what the reader needs; it goes on its way.
+        log.error("%s: how it failed could not be recorded (%s)", stage, unheard.what)
 
 
 def perform(
@@ -219,10 +176,14 @@ def perform(
     started = time.time()
     log.info("%s%s", STARTED, stage)
     try:
+        # Whatever ends the stage overwrites this, but for a kill.
+        record(store, run["id"], stage, status="running")
         key = stage_key(stage, config, {name: manifest.digest for name, manifest in inputs.items()}, store)
         commit = read_commit(stage, key, config, store)
         cached = commit is not None
         if commit is None:
+            # One that no longer holds goes first, so that what is found afterwards is of now.
+            store.remove(commit_name(stage, key))
             work = work_folder(stage, key)
             context = Context(run["id"], run["pipeline"], stage, key, store, work / "out", work)
             commit = _run_verb(verb, config, inputs, context)
@@ -231,15 +192,12 @@ def perform(
         status = "stopped" if commit["stop"] else "done"
         record(store, run["id"], stage, status=status, cached=cached, seconds=seconds, key=key)
         log.info("%s%s  %.1f s%s", FINISHED, stage, seconds, ", done before" if cached else "")
-    except TuneyardError as error:
-        facts = {"what": error.what, "todo": error.todo, "exit_code": error.exit_code}
-        record(store, run["id"], stage, status="failed", error=facts, seconds=round(time.time() - started, 3))
-        raise
     except BaseException as error:
-        facts = {"what": f"{type(error).__name__}: {error}", "todo": "", "exit_code": EXIT_FAILED}
-        status = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
-        record(store, run["id"], stage, status=status, error=facts, seconds=round(time.time() - started, 3))
-        raise
+        fault = disk_full(error, work_folder(stage, "")) or error
+        _record_failure(fault, store, run["id"], stage, round(time.time() - started, 3))
+        if fault is error:
+            raise
+        raise fault from error
     raise_if_stopped(commit)
     return commit
 
@@ -278,9 +236,14 @@ def execute(
     }
     try:
         commit = perform(verb, config_class.model_validate_json(config), json.loads(run), manifests)
+        _hand_over(commit, outputs, page, metrics)
     except TuneyardError as error:
         log.error("%s: %s", verb.__module__.split(".")[1], error)
         sys.exit(error.exit_code)
+
+
+def _hand_over(commit: Mapping[str, Any], outputs: Mapping[str, Any], page: Any, metrics: Any) -> None:
+    """Leave for KFP what the commit says."""
     store = Store.from_environment()
     for name, artifact in outputs.items():
         manifest = store.read_manifest(commit["outputs"][name])

@@ -1,8 +1,9 @@
 """The artifact store: content-addressed files in S3, a local cache of them, and the commits of stages.
 
 Layout of the bucket: `objects/<2>/<sha256>` the bytes, `manifests/<digest>.json` what a tree consists of,
-`stages/<stage>/<key>.json` the commit of a finished stage, `runs/<run>/...` what happened in a run.
-An object is complete or absent (S3 promises that much), and a commit is written last and only once.
+`stages/<stage>/<key>.json` the commit of a finished stage, `runs/<run>/...` what happened in a run,
+`damaged/objects/...` what was found with another digest than its name says.
+An object is complete or absent (S3 promises that much), and a commit is written last and once (`commit.py`).
 """
 
 from __future__ import annotations
@@ -14,36 +15,20 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlparse
 
-from components.shared import digest
+from components.shared import digest, s3
 from components.shared.errors import TuneyardError
 from components.shared.manifest import FileEntry, Manifest, describe
 from components.shared.placing import into_place, link
+from components.shared.s3 import is_data_object, split_uri
 
 _TRANSFERS = 4
 
 
-def split_uri(uri: str) -> tuple[str, str]:
-    """`s3://bucket/some/key` -> (`bucket`, `some/key`).
-
-    Raises:
-        TuneyardError: not an s3:// URI with a bucket.
-    """
-    parsed = urlparse(uri)
-    if parsed.scheme != "s3" or not parsed.netloc:
-        raise TuneyardError(f"{uri!r} is not an s3://bucket/key URI", "write it as s3://bucket/prefix")
-    return parsed.netloc, parsed.path.lstrip("/")
-
-
-def is_data_object(key: str) -> bool:
-    """False for markers: objects whose last path segment is empty or starts with `_` or `.`."""
-    name = key.rsplit("/", 1)[-1]
-    return bool(name) and name[0] not in "_."
-
-
 class Store:
     """Reads and writes one bucket (and any s3:// prefix), through a cache directory with hard links.
+
+    Every method that asks the store raises StoreError when it does not answer, or refuses.
 
     Args:
         root: `s3://bucket[/prefix]` of the artifact store.
@@ -77,11 +62,7 @@ class Store:
     @cached_property
     def client(self) -> Any:
         """A boto3 S3 client, shared by the threads of a transfer (it is thread-safe, a session is not)."""
-        import boto3
-        from botocore.config import Config
-
-        config = Config(retries={"max_attempts": self._attempts, "mode": "standard"}, max_pool_connections=16)
-        return boto3.session.Session().client("s3", config=config)
+        return s3.client(self._attempts)
 
     def key(self, name: str) -> str:
         """Object key of a name inside the store's root."""
@@ -89,6 +70,7 @@ class Store:
 
     # --- small JSON documents -------------------------------------------------------------------
 
+    @s3.faults_named("reading a document")
     def read_json(self, name: str) -> dict[str, Any] | None:
         """The document of that name, or None when there is none."""
         try:
@@ -97,6 +79,7 @@ class Store:
             return None
         return json.loads(body)
 
+    @s3.faults_named("writing a document")
     def write_json(self, name: str, document: dict[str, Any], once: bool = False) -> bool:
         """Write a document; with `once`, only when the name is free. Returns whether it was written."""
         from botocore.exceptions import ClientError
@@ -113,6 +96,12 @@ class Store:
             raise
         return True
 
+    @s3.faults_named("removing a document")
+    def remove(self, name: str) -> None:
+        """Remove what has that name; nothing happens when nothing has."""
+        self.client.delete_object(Bucket=self.bucket, Key=self.key(name))
+
+    @s3.faults_named("listing names")
     def names(self, prefix: str) -> list[str]:
         """Names below a prefix of the store's root, sorted."""
         pages = self.client.get_paginator("list_objects_v2").paginate(
@@ -122,6 +111,7 @@ class Store:
 
     # --- trees of files ---------------------------------------------------------------------------
 
+    @s3.faults_named("storing an artifact")
     def put_tree(
         self,
         folder: Path,
@@ -145,6 +135,7 @@ class Store:
         """Where `put_tree` left the manifest."""
         return f"{self.root}/manifests/{manifest.digest}.json"
 
+    @s3.faults_named("reading a manifest")
     def read_manifest(self, uri: str) -> Manifest:
         """Read a manifest by s3:// URI or local path.
 
@@ -160,6 +151,7 @@ class Store:
             raise TuneyardError(f"{uri} does not exist", "submit the pipeline again to remake it") from error
         return Manifest.from_json(body, uri)
 
+    @s3.faults_named("fetching an artifact")
     def get_tree(self, manifest: Manifest, folder: Path) -> Path:
         """Lay the files of a manifest into a folder, by hard link from the cache where the disk allows it.
 
@@ -183,6 +175,7 @@ class Store:
             list(pool.map(lay, manifest.files))
         return folder
 
+    @s3.faults_named("looking for an artifact")
     def has_tree(self, manifest: Manifest) -> bool:
         """Whether every file of the manifest is still in the store (a deleted artifact is no cache hit)."""
         return all(self._has(entry) for entry in manifest.files)
@@ -223,23 +216,37 @@ class Store:
             try:
                 self.client.download_file(self.bucket, key, str(aside))
             except self.client.exceptions.ClientError as error:
+                if error.response["ResponseMetadata"]["HTTPStatusCode"] != 404:
+                    raise
                 raise TuneyardError(
                     f"{entry.path}: s3://{self.bucket}/{key} cannot be read ({error})",
                     "submit again to remake it",
                 ) from error
             found = digest.of_file(aside)
             if found != entry.sha256:
+                self._set_aside(entry)
                 raise TuneyardError(
                     f"{entry.path}: s3://{self.bucket}/{key} has sha256 {found[:12]}, "
-                    f"expected {entry.sha256[:12]}",
-                    "the object was changed or cut: delete it and submit again",
+                    f"expected {entry.sha256[:12]}; it was changed or cut, and is now under damaged/",
+                    "submit again: it will be made anew",
                 )
 
         into_place(path, download)
         return path
 
+    def _set_aside(self, entry: FileEntry) -> None:
+        """Move a damaged object away: its artifact then counts as gone, its place is free for a whole one.
+
+        It is kept, since it may have been whole and the machine that read it at fault.
+        """
+        name = self._object_name(entry)
+        source = {"Bucket": self.bucket, "Key": self.key(name)}
+        self.client.copy(source, self.bucket, self.key(f"damaged/{name}"))
+        self.remove(name)
+
     # --- any prefix that a user filled ------------------------------------------------------------
 
+    @s3.faults_named("listing a prefix")
     def list_prefix(self, uri: str) -> list[dict[str, Any]]:
         """Objects at or below an s3:// URI: `key`, `size` in bytes, `etag`. Markers (`_x`, `.x`) not.
 
@@ -264,6 +271,7 @@ class Store:
             raise TuneyardError(f"{uri}: nothing is there", "check the prefix, or upload the files first")
         return sorted(kept, key=lambda o: o["key"])
 
+    @s3.faults_named("fetching a prefix")
     def get_prefix(self, uri: str) -> Path:
         """Copy the objects below a URI into the cache, once for each content. Returns the folder."""
         objects = self.list_prefix(uri)

@@ -12,9 +12,12 @@ from components.shared.errors import TuneyardError
 from pipelines.embedded.seaweed import weed_executable
 
 CGROUP = Path("/sys/fs/cgroup")
+# What the pipelines that ship need at their peak, some air included; the README names the same two.
+DISK_GIB = 8
+MEMORY_GIB = 6
 
 
-def preflight(home: Path, disk_gib: float, memory_gib: float) -> None:
+def preflight(home: Path, disk_gib: float = DISK_GIB, memory_gib: float = MEMORY_GIB) -> None:
     """Check that this machine can hold a run.
 
     Args:

@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from components.shared import digest
 from components.shared.errors import TuneyardError
-from components.shared.store import is_data_object, split_uri
+from components.shared.s3 import is_data_object, split_uri
 from pipelines.samples.catalogue import Sample
 
 log = logging.getLogger("tuneyard.samples")

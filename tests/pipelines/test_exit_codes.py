@@ -8,12 +8,13 @@ import pytest
 
 from components.shared.errors import TuneyardError
 from pipelines import cli, submit
+from pipelines.report import Report
 
 
-@pytest.mark.parametrize("code", [0, 1, 3])
+@pytest.mark.parametrize("code", [0, 1, 3, 130])
 def test_submit_ends_with_the_code_of_the_run(monkeypatch, capsys, code):
     error = {"what": "loss 2 is over 1", "todo": "train better", "exit_code": code, "stage": "evaluate"}
-    report = submit.Report("run-1", "legal", exit_code=code, error=error if code else None)
+    report = Report("run-1", "legal", exit_code=code, error=error if code else None)
     monkeypatch.setattr(submit, "run_local", lambda *_: report)
     monkeypatch.setattr(submit, "interruptible", lambda: None)
     monkeypatch.setattr("sys.argv", ["tuneyard", "submit", "legal", "--json"])
@@ -34,7 +35,9 @@ def test_our_errors_are_a_message_and_a_code(monkeypatch, capsys):
         cli.main()
     out, err = capsys.readouterr()
     assert ended.value.code == 1 and "the disk is full\n  -> make room" in err
-    assert json.loads(out)["error"]["what"] == "the disk is full"
+    printed = json.loads(out)
+    assert printed["error"]["what"] == "the disk is full" and printed["status"] == "failed"
+    assert (printed["run_id"], printed["pipeline"], printed["stages"]) == ("", "legal", [])
 
 
 def test_wrong_usage_is_two(monkeypatch, capsys):

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import time
 
 import pytest
 
 from components.shared import clock
-from components.shared.errors import EXIT_STOPPED, StageStopped, TuneyardError
+from components.shared import stage as around
+from components.shared.errors import EXIT_STOPPED, StageStopped, StoreError, TuneyardError
 from components.shared.settings import Settings
 from components.shared.stage import Result, perform
+from components.shared.store import Store
 
 RUN = {"id": "run-1", "pipeline": "test"}
 
@@ -98,10 +101,44 @@ def test_a_deleted_output_is_no_hit(stage, store):
     assert len(calls) == 2 and store.has_tree(store.read_manifest(again["outputs"]["data"]))
 
 
-def test_an_effect_that_no_longer_holds_is_made_again(stage):
+def test_a_damaged_output_is_made_again_once_somebody_read_it(stage, store, tmp_path):
+    commit, _ = stage(Config())
+    manifest = store.read_manifest(commit["outputs"]["data"])
+    sha256 = manifest.files[0].sha256
+    key = store.key(f"objects/{sha256[:2]}/{sha256}")
+    store.client.put_object(Bucket=store.bucket, Key=key, Body=b"2")
+    reader = Store(store.root, tmp_path / "another-cache")
+    with pytest.raises(TuneyardError, match="it will be made anew"):
+        reader.get_tree(manifest, tmp_path / "back")
+    again, calls = stage(Config())
+    assert len(calls) == 2 and again["outputs"] == commit["outputs"]
+    assert (reader.get_tree(manifest, tmp_path / "back") / "number.txt").read_text() == "1"
+
+
+def test_an_effect_that_no_longer_holds_is_made_again_and_committed_anew(stage, store):
     stage(Config(holds=False))
-    _, calls = stage(Config(holds=False))
+    again, calls = stage(Config(holds=False), run={"id": "run-2", "pipeline": "test"})
     assert len(calls) == 2
+    (name,) = store.names("stages/ingest/")
+    assert store.read_json(name) == again and again["run"] == "run-2"
+
+
+def test_of_two_that_did_the_same_work_the_first_commit_stands(store):
+    def verb(config, inputs, context):
+        (context.out / "data").mkdir()
+        (context.out / "data" / "by.txt").write_text(context.run)
+        if context.run == "run-1":  # a rival on another machine begins and ends meanwhile
+            theirs.append(perform(verb, config, {"id": "run-2", "pipeline": "test"}, {}))
+            (context.out / "data").mkdir(parents=True)
+            (context.out / "data" / "by.txt").write_text(context.run)
+        return Result(kinds={"data": "dataset"})
+
+    theirs = []
+    verb.__module__ = "components.ingest.ingest"
+    ours = perform(verb, Config(), RUN, {})
+    assert [ours] == theirs and ours["run"] == "run-2"
+    (name,) = store.names("stages/ingest/")
+    assert store.read_json(name) == ours
 
 
 def test_a_stop_is_committed_and_stops_again(stage, store):
@@ -118,6 +155,49 @@ def test_a_failure_leaves_a_record_and_no_commit(stage, store):
     record = store.read_json("runs/run-1/ingest.json")
     assert record["status"] == "failed" and record["error"]["todo"] == "take fewer"
     assert store.names("stages/ingest/") == []
+
+
+def test_a_failure_that_cannot_be_recorded_is_still_the_one_that_is_told(stage, monkeypatch):
+    def refuse(store, run, name, status, **facts):
+        if status == "failed":
+            raise StoreError("the store is down too", "start it")
+
+    monkeypatch.setattr(around, "record", refuse)
+    with pytest.raises(TuneyardError, match="99 is too many"):
+        stage(Config(number=99))
+
+
+def test_a_store_that_is_down_does_not_make_a_done_stage_undone(stage, store, monkeypatch):
+    stage(Config())
+
+    def fail(*_):
+        raise StoreError("the store is down", "start it")
+
+    with monkeypatch.context() as down:
+        down.setattr(Store, "has_tree", fail)
+        with pytest.raises(StoreError):
+            stage(Config())
+    _, calls = stage(Config())
+    assert len(calls) == 1
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        OSError(errno.ENOSPC, "No space left on device", "/"),
+        OSError(errno.EDQUOT, "Disk quota exceeded"),
+        RuntimeError("I/O error: No space left on device (os error 28)"),
+    ],
+)
+def test_a_full_disk_is_told_with_its_folder_and_what_is_free(store, fault):
+    def verb(config, inputs, context):
+        raise fault
+
+    verb.__module__ = "components.ingest.ingest"
+    with pytest.raises(TuneyardError, match=r"the disk is full.* [\d,]+ bytes are free under /") as caught:
+        perform(verb, Config(), RUN, {})
+    assert "TUNEYARD_HOME" in caught.value.todo
+    assert store.read_json("runs/run-1/ingest.json")["error"] == caught.value.facts()
 
 
 def test_equal_bytes_from_another_setting_cut_off_early(stage):

@@ -6,11 +6,13 @@ import json
 import random
 
 import pytest
+from botocore.exceptions import ClientError
 
 from components.shared import sources
-from components.shared.errors import TuneyardError
+from components.shared.errors import StoreError, TuneyardError
 from components.shared.manifest import FileEntry, Manifest, describe
-from components.shared.store import Store, is_data_object, split_uri
+from components.shared.s3 import is_data_object, split_uri
+from components.shared.store import Store
 
 
 @pytest.fixture
@@ -42,7 +44,7 @@ def test_equal_bytes_have_one_digest_whoever_made_them(store, tree):
 
 
 @pytest.mark.parametrize("damage", ["flip", "cut", "swap", "gone"])
-def test_damage_in_the_store_is_noticed_when_read(store, tree, tmp_path, damage):
+def test_damage_in_the_store_is_noticed_when_read_and_the_object_made_anew(store, tree, tmp_path, damage):
     manifest = store.put_tree(tree, "dataset")
     entry = next(e for e in manifest.files if e.path == "sub/b.bin")
     key = store.key(f"objects/{entry.sha256[:2]}/{entry.sha256}")
@@ -57,9 +59,14 @@ def test_damage_in_the_store_is_noticed_when_read(store, tree, tmp_path, damage)
         store.client.delete_object(Bucket=store.bucket, Key=key)
     else:
         store.client.put_object(Bucket=store.bucket, Key=key, Body=bytes(body))
-    with pytest.raises(TuneyardError, match=r"sub/b\.bin"):
+    with pytest.raises(TuneyardError, match=r"sub/b\.bin.*\n.*submit again"):
         another_cache(store, tmp_path).get_tree(manifest, tmp_path / "back")
-    assert store.has_tree(manifest) == (damage in ("flip", "swap"))
+    assert not store.has_tree(manifest)
+    kept = store.names("damaged/")
+    assert kept == ([] if damage == "gone" else [f"damaged/objects/{entry.sha256[:2]}/{entry.sha256}"])
+    store.put_tree(tree, "dataset")
+    back = another_cache(store, tmp_path).get_tree(manifest, tmp_path / "back")
+    assert describe(back) == describe(tree)
 
 
 def test_a_damaged_cache_heals(store, tree, tmp_path):
@@ -130,3 +137,40 @@ def test_a_fingerprint_follows_bytes_and_nothing_else(store, tmp_path):
     assert sources.fingerprint(str(corpus), store, "dataset") != before
     with pytest.raises(TuneyardError, match="no file there"):
         sources.fingerprint(str(tmp_path / "*.csv"), store, "dataset")
+
+
+@pytest.mark.parametrize(
+    "ask",
+    [
+        lambda store, tree, manifest: store.read_json("x.json"),
+        lambda store, tree, manifest: store.write_json("x.json", {}, once=True),
+        lambda store, tree, manifest: store.remove("x.json"),
+        lambda store, tree, manifest: store.names("x"),
+        lambda store, tree, manifest: store.put_tree(tree, "dataset"),
+        lambda store, tree, manifest: store.read_manifest(store.manifest_uri(manifest)),
+        lambda store, tree, manifest: store.get_tree(manifest, tree.parent / "back"),
+        lambda store, tree, manifest: store.has_tree(manifest),
+        lambda store, tree, manifest: store.get_prefix("s3://corpora/x"),
+    ],
+)
+def test_a_store_that_is_down_is_named_with_what_to_do(store, tree, tmp_path, monkeypatch, ask):
+    manifest = Manifest("dataset", describe(tree))
+    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", "http://127.0.0.1:9")
+    down = Store(store.root, tmp_path / "empty", attempts=1)
+    with pytest.raises(StoreError, match=r"the S3 store at http://127\.0\.0\.1:9 failed") as caught:
+        ask(down, tree, manifest)
+    assert "tuneyard status" in caught.value.todo and "tuneyard up" in caught.value.todo
+
+
+@pytest.mark.parametrize(("status", "code"), [(507, "InsufficientStorage"), (500, "InternalError")])
+def test_a_store_without_room_says_how_much_there_is(store, tree, monkeypatch, status, code):
+    answer = {"Error": {"Code": code}, "ResponseMetadata": {"HTTPStatusCode": status}}
+
+    def refuse(**_):
+        raise ClientError(answer, "PutObject")
+
+    monkeypatch.setattr(store.client, "put_object", refuse)
+    for write in (lambda: store.write_json("x.json", {}), lambda: store.put_tree(tree, "dataset")):
+        with pytest.raises(StoreError, match=f"{code}.*PutObject") as caught:
+            write()
+        assert "free some disk" in caught.value.todo and "bytes are free under" in caught.value.todo

@@ -12,7 +12,7 @@ import boto3
 import pytest
 
 from components.shared.errors import TuneyardError
-from components.shared.store import is_data_object
+from components.shared.s3 import is_data_object
 from pipelines.samples import catalogue, prefix
 from pipelines.samples.catalogue import Package
 from pipelines.samples.fetch import ensure

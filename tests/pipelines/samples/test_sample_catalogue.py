@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from components.shared.store import is_data_object
+from components.shared.s3 import is_data_object
 from pipelines.samples import catalogue
 from pipelines.samples.catalogue import Gguf, OrangeTab, covering, load
 
