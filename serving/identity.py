@@ -5,9 +5,8 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
+from components.shared.settings import MODEL_NAME
 from serving.faults import Fault
-
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 
 
 @dataclass(frozen=True)
@@ -39,6 +38,6 @@ def checked_name(name: str) -> str:
     Raises:
         Fault: 400, it may not.
     """
-    if not _NAME.fullmatch(name):
+    if not re.fullmatch(MODEL_NAME, name):
         raise Fault(400, f"{name[:80]!r} is no model name (letters, digits, . _ -)", "name", "invalid_value")
     return name

@@ -116,16 +116,15 @@ def prepare(
     Raises:
         TuneyardError: no example fits.
     """
-    encoded = [causal.encode(tokenizer, row) for row in tests]
-    fits = [window_tokens is None or len(e.answer) < window_tokens for e in encoded]
-    kept = [row for row, fit in zip(tests, fits, strict=True) if fit]
-    whole = [e for e, fit in zip(encoded, fits, strict=True) if fit]
+    encoded = {row["id"]: causal.encode(tokenizer, row) for row in tests}
+    kept = [row for row in tests if window_tokens is None or len(encoded[row["id"]].answer) < window_tokens]
     if not kept:
         raise TuneyardError(
             f"each answer of the {len(tests)} test examples is longer than the model's window of "
             f"{window_tokens} tokens",
             "use a base model with a longer context, or shorter answers",
         )
+    whole = [encoded[row["id"]] for row in kept]
 
     def cut_beside(prompt: list[int], tokens: int) -> list[int]:
         if window_tokens is None:
@@ -140,21 +139,16 @@ def prepare(
     if window_tokens is not None:
         limit = min(limit, window_tokens - 1)
     prompts = [cut_beside(e.prompt, limit) for e in whole[:asked]]
-    exam = Exam(
-        kept,
-        [Encoded(prompt, e.answer) for prompt, e in zip(cut, whole, strict=True)],
-        prompts,
-        limit,
-        config.per_device_batch_size,
-        tokenizer,
-    )
+    judged = [Encoded(prompt, e.answer) for prompt, e in zip(cut, whole, strict=True)]
+    exam = Exam(kept, judged, prompts, limit, config.per_device_batch_size, tokenizer)
+    truncated = {
+        "prompts": sum(len(now) < len(e.prompt) for now, e in zip(cut, whole, strict=True)),
+        "left_out": sorted(encoded.keys() - {row["id"] for row in kept}),
+        "of": len(tests),
+        "limit_tokens": window_tokens,
+    }
     facts = {
-        "truncated": {
-            "prompts": sum(len(now) < len(e.prompt) for now, e in zip(cut, whole, strict=True)),
-            "left_out": [row["id"] for row, fit in zip(tests, fits, strict=True) if not fit],
-            "of": len(tests),
-            "limit_tokens": window_tokens,
-        },
+        "truncated": truncated,
         "answered": asked,
         "max_new_tokens": limit,
         "latency": f"from the start of a batch of {config.per_device_batch_size} prompts to an answer's end",

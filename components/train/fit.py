@@ -8,6 +8,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,6 @@ from components.train.data import schedule_batches
 from components.train.objectives import Objective
 
 log = logging.getLogger("tuneyard.train")
-
-
-_REPORT_SECONDS = 15.0
 
 
 @dataclass
@@ -105,7 +103,7 @@ def fit(
     config: TrainConfig,
     precision: causal.Precision,
     folder: Path,
-    report: Callable[[list[dict[str, float]]], None],
+    report: Callable[[list[dict[str, float]], bool], None],
 ) -> Fit:
     """Fit the model; at the end it holds the weights of the best evaluation.
 
@@ -116,44 +114,44 @@ def fit(
         config: settings.
         precision: to compute in.
         folder: for checkpoints; the newest whole one in it is gone on from.
-        report: receives the history now and then; after a resume, rows that it has had before too.
+        report: receives the history after each update, and at the end with True.
 
     Raises:
         TuneyardError: the loss is not finite.
     """
     steps = schedule_batches([len(e) for e in train], config)
-    optimizer, state, best, start = _begin(folder, objective.model, config)
+    judge = partial(eval_loss, objective, evaluation, config, precision)
+    optimizer, state, best, start = _begin(folder, objective.model, config, judge)
     every = config.eval_steps or max(1, math.ceil(len(steps) / 10))
-    if start == 0:
-        state.base_loss = eval_loss(objective, evaluation, config, precision)
-        log.info("train: before the first update the loss on eval is %.3f nats", state.base_loss)
     progress = Progress("train", len(steps), "steps", done=start)
-    began = reported = time.monotonic()
-    tokens = 0
+    tokens, seconds = 0, 0.0
     for number in range(start, len(steps)):
         batches = [[train[i] for i in micro] for micro in steps[number]]
         rate = learning_rate(number, len(steps), config)
-        with clock.arithmetic():
-            row = {"step": number + 1, **_update(objective, batches, optimizer, rate, config, precision)}
-        row["time"] = time.time()
+        began = time.monotonic()
+        row = {"step": number + 1, **_update(objective, batches, optimizer, rate, config, precision)}
+        seconds += time.monotonic() - began
         tokens += sum(len(e) for micro in batches for e in micro)
-        row["tokens_per_second"] = tokens / (time.monotonic() - began)
+        row |= {"time": time.time(), "tokens_per_second": tokens / seconds}
         last = number + 1 == len(steps)
         if (number + 1) % every == 0 or last:
-            row["eval_loss"] = eval_loss(objective, evaluation, config, precision)
+            row["eval_loss"] = judge()
             best = _judge(state, row, objective, best, config)
         state.history.append(row)
         _show(progress, row, state)
         if state.stopped_early:
             break
         if (number + 1) % config.checkpoint_steps == 0 and not last:
-            facts, keep = asdict(state), config.keep_checkpoints
-            checkpoint.save(folder, number + 1, objective.model, optimizer, best, facts, keep)
-        if time.monotonic() - reported > _REPORT_SECONDS:
-            report(state.history)
-            reported = time.monotonic()
-    checkpoint.restore_weights(objective.model, best)
-    report(state.history)
+            _save(folder, number + 1, objective.model, optimizer, best, state, config)
+        report(state.history, False)
+    report(state.history, True)
+    return _finish(objective.model, best, state)
+
+
+def _finish(model: Any, best: Any, state: Fit) -> Fit:
+    """Leave the best weights in the model, and warn where they are no better than the base's."""
+    checkpoint.restore_weights(model, best)
+    model.eval()
     if not state.best_loss < state.base_loss:
         log.warning(
             "train: the loss on eval never fell below the base model's (%.3f, at best %.3f): "
@@ -161,7 +159,6 @@ def fit(
             state.base_loss,
             state.best_loss,
         )
-    objective.model.eval()
     return state
 
 
@@ -173,7 +170,15 @@ def _show(progress: Progress, row: Mapping[str, float], state: Fit) -> None:
         log.info("train: eval loss has not fallen in %d evaluations; stopped early", state.stale)
 
 
-def _begin(folder: Path, model: Any, config: TrainConfig) -> tuple[Any, Fit, Any, int]:
+def _save(
+    folder: Path, step: int, model: Any, optimizer: Any, best: Any, state: Fit, config: TrainConfig
+) -> None:
+    checkpoint.save(folder, step, model, optimizer, best, asdict(state), config.keep_checkpoints)
+
+
+def _begin(
+    folder: Path, model: Any, config: TrainConfig, judge: Callable[[], float]
+) -> tuple[Any, Fit, Any, int]:
     """(optimizer, state, best weights, updates done), from the newest whole checkpoint where there is one."""
     import torch
 
@@ -182,7 +187,7 @@ def _begin(folder: Path, model: Any, config: TrainConfig) -> tuple[Any, Fit, Any
     model.train()
     found = checkpoint.newest(folder)
     if found is None:
-        return optimizer, Fit(), {}, 0
+        return optimizer, Fit(base_loss=judge()), {}, 0
     best = checkpoint.load(found[0], model, optimizer)
     log.info("train: resuming after step %d", found[1]["step"])
     return optimizer, Fit(**found[1]["state"]), best, int(found[1]["step"])
@@ -225,19 +230,21 @@ def _update(
     terms = sum(objective.terms(e) for micro in batches for e in micro)
     loss = 0.0
     for micro in batches:
-        with autocast(precision):
-            part = objective.summed_loss(micro, config.label_smoothing) / terms
-        part.backward()
-        loss += float(part.detach())
+        with clock.arithmetic():
+            with autocast(precision):
+                part = objective.summed_loss(micro, config.label_smoothing) / terms
+            part.backward()
+            loss += float(part.detach())
     if not math.isfinite(loss):
         raise TuneyardError(
             f"train: the loss is {loss} at learning rate {rate:.2e} in {precision}",
             "lower train.learning_rate, or set train.precision: float32",
         )
     weights = list(checkpoint.trainable(objective.model).values())
-    norm = float(torch.nn.utils.clip_grad_norm_(weights, config.max_grad_norm))
     for group in optimizer.param_groups:
         group["lr"] = rate
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
+    with clock.arithmetic():
+        norm = float(torch.nn.utils.clip_grad_norm_(weights, config.max_grad_norm))
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
     return {"loss": loss, "learning_rate": rate, "grad_norm": norm}

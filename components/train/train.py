@@ -6,6 +6,7 @@ import contextlib
 import json
 import logging
 import random
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
@@ -27,6 +28,8 @@ from components.train.objectives import (
 )
 
 log = logging.getLogger("tuneyard.train")
+
+_REPORT_SECONDS = 15.0
 
 
 def _rows(artifact: Artifact) -> list[dict[str, Any]]:
@@ -139,13 +142,14 @@ def _fit_tracked(
     objective: Objective, sides: Mapping[str, list[Any]], config: TrainConfig, context: Context, run_id: str
 ) -> Fit:
     """Fit with curves and system metrics in MLflow; the MLflow run says how it ended."""
-    logged = 0
+    logged, sent = 0, time.monotonic()
 
-    def report(history: list[dict[str, float]]) -> None:
+    def report(history: list[dict[str, float]], ended: bool) -> None:
         # MLflow keeps a point that it is sent twice, with its own time, once: a resumed run may repeat some.
-        nonlocal logged
-        tracking.log_history(run_id, history[logged:])
-        logged = len(history)
+        nonlocal logged, sent
+        if ended or time.monotonic() - sent > _REPORT_SECONDS:
+            tracking.log_history(run_id, history[logged:])
+            logged, sent = len(history), time.monotonic()
 
     ended: Literal["FINISHED", "FAILED", "KILLED"] = "FAILED"
     try:

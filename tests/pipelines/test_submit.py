@@ -31,6 +31,7 @@ def spec(tmp_path):
     (tmp_path / "corpus.csv").write_text("prompt,completion\nq,a\n")
     (tmp_path / "base").mkdir()
     (tmp_path / "base" / "config.json").write_text("{}")
+    (tmp_path / "base" / "model.safetensors").write_bytes(b"")
     path = tmp_path / "five.yaml"
     path.write_text(
         f"name: five\ningest: {{source: {tmp_path / 'corpus.csv'}}}\n"

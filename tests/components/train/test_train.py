@@ -166,7 +166,7 @@ def _trained(tiny_causal, folder, config, crash_after=None, monkeypatch=None):
             return original(batch, smoothing)
 
         sft.summed_loss = counted
-    state = fit(sft, encoded[:20], encoded[20:], config, "float32", folder, lambda history: None)
+    state = fit(sft, encoded[:20], encoded[20:], config, "float32", folder, lambda *_: None)
     return checkpoint.copy_weights(sft.model), state
 
 
@@ -204,7 +204,7 @@ def test_the_base_stays_as_it_was_under_lora(tiny_causal, tmp_path):
     before = {n: p.clone() for n, p in sft.model.named_parameters()}
     apply_adapter(sft, config)
     encoded = [sft.encode(row) for row in examples(8)]
-    fit(sft, encoded, encoded, config, "float32", tmp_path, lambda history: None)
+    fit(sft, encoded, encoded, config, "float32", tmp_path, lambda *_: None)
     after = {
         n.replace("base_model.model.", "").replace(".base_layer", ""): p
         for n, p in sft.model.named_parameters()
