@@ -145,7 +145,7 @@ def _take(report: Report, stage: str, commit: Mapping[str, Any], store: Store, s
             "uri": summary["manifest"],
             "sha256": summary["digest"],
         }
-    elif stage == "deploy":
+    elif stage == "deploy" and not commit["stop"]:
         report.endpoint = serving_url
 
 

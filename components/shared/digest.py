@@ -41,9 +41,9 @@ def _source_files(folders: Iterable[str]) -> list[Path]:
 def of_code(stage: str) -> str:
     """Hex sha256 over the code that decides what a stage produces.
 
-    That is the stage's folder, components/shared and the dependency lock; for deploy also serving/,
+    That is the stage's folder, components/shared and the dependency locks; for deploy also serving/,
     since a new server must be put in service like a new model.
     """
     folders = [f"components/{stage}", "components/shared"] + (["serving"] if stage == "deploy" else [])
-    files = _source_files(folders) + sorted((TREE_ROOT / "requirements").glob("cpu.txt"))
+    files = _source_files(folders) + sorted((TREE_ROOT / "requirements").glob("*.txt"))
     return of_value([[str(path.relative_to(TREE_ROOT)), of_file(path)] for path in files])

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from components.shared import digest
 from components.shared.errors import UsageError
 from pipelines.embedded import seaweed
 from pipelines.embedded.credentials import Credentials
@@ -154,7 +155,14 @@ def services_of(platform: Platform, ports: Mapping[str, int], runtime: Path) -> 
             stop_seconds=2,
         ),
         Service(
-            "server", server_command(ports["serving"]), urls, checkout, 200, autostart=True, stop_seconds=35
+            name="server",
+            command=server_command(ports["serving"]),
+            # Read by nobody: other code is another service, so the next `up` starts it anew.
+            variables=urls | {"TUNEYARD_SERVING_CODE": digest.of_code("deploy")},
+            folder=checkout,
+            priority=200,
+            autostart=True,
+            stop_seconds=35,
         ),
         Service(
             name="ui",

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 import urllib.request
+from pathlib import Path
 
 import psutil
 import pytest
@@ -131,7 +134,9 @@ def test_a_wrong_file_says_everything_at_once(home, tmp_path):
     )
 
 
-def test_five_lines_are_enough(home, tmp_path, tiny_causal):
+@pytest.fixture
+def five(tmp_path, tiny_causal):
+    """A pipeline file of five lines, with its corpus."""
     corpus = tmp_path / "corpus.csv"
     rows = "".join(f"question {i},answer number {i * 7}\n" for i in range(120))
     corpus.write_text("q,a\n" + rows)
@@ -140,7 +145,49 @@ def test_five_lines_are_enough(home, tmp_path, tiny_causal):
         f"name: five\ningest: {{source: {corpus}, columns: {{q: prompt, a: completion}}}}\n"
         f"train:\n  objective: sft\n  base_model: {tiny_causal}\n"
     )
-    report = submit(home, str(spec), ["train.max_steps=2"])
+    return str(spec)
+
+
+def cut_off(home, spec, settings, cut):
+    """Submit, cut it off once training has saved a checkpoint, and give back exit code and report."""
+    command = [sys.executable, "-m", "pipelines.cli", "submit", spec, "--json"]
+    command += [part for setting in settings for part in ("--set", setting)]
+    environment = os.environ | {"TUNEYARD_HOME": str(home)}
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    saved = until(lambda: list(home.glob("work/train/*/checkpoints/*")) or process.poll() is not None)
+    assert saved and process.poll() is None
+    cut(process)
+    out, _ = process.communicate(timeout=120)
+    return process.returncode, json.loads(out)
+
+
+def until(reached, seconds=240):
+    end = time.monotonic() + seconds
+    while not (found := reached()) and time.monotonic() < end:
+        time.sleep(0.05)
+    return found
+
+
+def kill_the_stage(process):
+    for child in psutil.Process(process.pid).children(recursive=True):
+        child.kill()
+
+
+def test_a_killed_stage_and_ctrl_c_lose_no_more_than_a_step(home, five):
+    settings = ["train.max_steps=400", "train.checkpoint_steps=1", "evaluate.max_generated=1"]
+    code, report = cut_off(home, five, settings, kill_the_stage)
+    assert code == 1 and "train was killed" in report["error"]["what"]
+    code, report = cut_off(home, five, settings, lambda process: process.send_signal(signal.SIGINT))
+    assert code == 130 and report["status"] == "interrupted"
+    by_name = {stage["name"]: stage["status"] for stage in report["stages"]}
+    assert [by_name[stage] for stage in ("ingest", "split", "train")] == ["done", "done", "interrupted"]
+    report = submit(home, five, settings)
+    assert report["status"] == "done" and [s["cached"] for s in report["stages"]][:3] == [True] * 3
+    assert "train: resuming after step" in Path(report["log"]).read_text()
+
+
+def test_five_lines_are_enough(home, five):
+    report = submit(home, five, ["train.max_steps=2"])
     assert report["status"] == "done" and report["model"] is None and report["endpoint"] is None
     assert [stage["name"] for stage in report["stages"]] == [
         "ingest",

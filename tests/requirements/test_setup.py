@@ -167,11 +167,9 @@ def test_without_a_cpu_build_the_cuda_build_and_its_runtime_come_and_that_is_sai
     assert modules(checkout) == ["alder", "beech", "nvidia_small", "torch"]
 
 
-def test_a_set_up_checkout_costs_under_two_seconds_and_says_nothing(checkout: Checkout) -> None:
+def test_a_set_up_checkout_runs_nothing_and_says_nothing(checkout: Checkout) -> None:
     before = (checkout.venv / "setup.log").stat().st_mtime_ns
-    started = time.monotonic()
     assert checkout.setup() == (0, "")
-    assert time.monotonic() - started < 2
     assert (checkout.venv / "setup.log").stat().st_mtime_ns == before
 
 
