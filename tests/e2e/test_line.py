@@ -19,6 +19,7 @@ pytestmark = pytest.mark.e2e
 # Statutes only: half the corpus, and short answers. Gates are off because four steps teach nothing.
 LEGAL = [
     "ingest.source=s3://corpora/legal/statute",
+    "split.ratios=[0.9, 0.05, 0.05]",
     "train.max_steps=3",
     "train.eval_examples=4",
     "evaluate.max_generated=2",
