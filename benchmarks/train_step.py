@@ -21,7 +21,7 @@ from typing import Any
 from components.shared import causal, jsonl, sources
 from components.shared.store import Store
 from components.train.config import TrainConfig
-from components.train.objectives import Sft, apply_adapter
+from components.train.objectives import Sft, apply_adapter, choose_attention
 from pipelines.embedded import platform
 from pipelines.samples import fetch
 
@@ -73,11 +73,13 @@ def run() -> dict[str, Any]:
 
 
 def _measure(store: Store, folder: Path, fast: causal.Precision, torch: Any) -> dict[str, Any]:
-    config = TrainConfig(objective="sft", base_model="s3://models/gemma-3-270m")
+    adapter = {"kind": "lora", "dropout": 0.0}  # as sft_legal has it
+    config = TrainConfig(objective="sft", base_model="s3://models/gemma-3-270m", adapter=adapter)
     quick, exact = Sft(folder, fast), Sft(folder, "float32")
     for objective in (quick, exact):
         torch.manual_seed(0)
         apply_adapter(objective, config)
+    choose_attention(quick.model, config.max_length)
     batches = _batches(store, exact)
     gaps = []
     for objective in (quick, exact):
