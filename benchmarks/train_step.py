@@ -84,11 +84,13 @@ def _measure(store: Store, folder: Path, fast: causal.Precision, torch: Any) -> 
     gaps = []
     for objective in (quick, exact):
         objective.model.eval()  # no dropout while losses are compared
-    with torch.no_grad():
-        for batch in batches[:2]:
+    for batch in batches[:2]:
+        with torch.no_grad():
             tensors = causal.pad(batch, exact.tokenizer.pad_token_id)
             reference = float(exact.model(**tensors, use_cache=False).loss)
-            gaps.append(abs(float(exact.summed_loss(batch, 0.0)) / sum(map(exact.terms, batch)) - reference))
+        # With gradient, as in training: without, another function computes the loss.
+        found = float(exact.summed_loss(batch, 0.0).detach()) / sum(map(exact.terms, batch))
+        gaps.append(abs(found - reference))
     for objective in (quick, exact):
         objective.model.train()
     _ours(quick, batches[0], fast)
