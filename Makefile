@@ -55,7 +55,7 @@ rollback: need-MODEL setup  ## bring the champion before this one back: MODEL=sf
 test: setup  ## run all tests
 	@exec $(BIN)/python -m pytest
 
-test-unit: setup  ## run the tests that take seconds
+test-unit: setup  ## run all tests but the end-to-end runs on real models
 	@exec $(BIN)/python -m pytest -m "not e2e"
 
 lint: setup  ## ruff, mypy and the import contracts
