@@ -14,7 +14,7 @@ from pipelines.embedded.seaweed import weed_executable
 CGROUP = Path("/sys/fs/cgroup")
 # What the pipelines that ship need at their peak, some air included; the README names the same two.
 DISK_GIB = 8
-MEMORY_GIB = 6
+MEMORY_GIB = 8
 
 
 def preflight(home: Path, disk_gib: float = DISK_GIB, memory_gib: float = MEMORY_GIB) -> None:
