@@ -150,13 +150,15 @@ def five(tmp_path, tiny_causal):
 
 
 def cut_off(home, spec, settings, cut):
-    """Submit, cut it off once training has saved a checkpoint, and give back exit code and report."""
+    """Submit, cut it off once training has saved a new checkpoint, and give back exit code and report."""
+    steps = "work/train/*/checkpoints/step-*"
+    before = set(home.glob(steps))
     command = [sys.executable, "-m", "pipelines.cli", "submit", spec, "--json"]
     command += [part for setting in settings for part in ("--set", setting)]
     environment = os.environ | {"TUNEYARD_HOME": str(home)}
     process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
-    saved = until(lambda: list(home.glob("work/train/*/checkpoints/*")) or process.poll() is not None)
-    assert saved and process.poll() is None
+    assert until(lambda: set(home.glob(steps)) - before or process.poll() is not None)
+    assert process.poll() is None
     cut(process)
     out, _ = process.communicate(timeout=120)
     return process.returncode, json.loads(out)
