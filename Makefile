@@ -21,7 +21,7 @@ help:  ## list the targets
 setup:  ## make .venv from the lock; EXTRA=gpu for CUDA, PYTHON=... for another Python
 	@sh requirements/setup.sh $${EXTRA:+--extra "$$EXTRA"}
 
-submit: need-PIPELINE setup  ## run a pipeline: PIPELINE=sft_legal [SET="train.max_steps=20 ..."] [TARGET=kfp] [JSON=1]
+submit: need-PIPELINE setup  ## run a pipeline: PIPELINE=sft_legal [SET="train.max_steps=20 ..."] [JSON=1]
 	@set -f; set --; for change in $$SET; do set -- "$$@" --set "$$change"; done; \
 	exec $(BIN)/tuneyard submit "$$PIPELINE" $${TARGET:+--target "$$TARGET"} $${JSON:+--json} "$$@"
 

@@ -39,7 +39,9 @@ Who = Annotated[str | None, typer.Option(help="Who decides; the git or login nam
 @app.command()
 def submit(
     spec: Spec,
-    target: Annotated[str, typer.Option(help="`local` runs here; a cluster needs a KFP endpoint.")] = "local",
+    target: Annotated[
+        str, typer.Option(help="`local`: this machine. A cluster cannot be submitted to yet.")
+    ] = "local",
     set_: Set = None,
     as_json: Json = False,
 ) -> None:
@@ -51,7 +53,8 @@ def submit(
     from pipelines import submit as submitting
 
     if target != "local":
-        raise UsageError(f"--target {target}: only `local` can run here", "use --target local")
+        todo = "leave it out; `tuneyard compile` writes what Kubeflow Pipelines takes"
+        raise UsageError(f"--target {target}: only `local` can be submitted to", todo)
     submitting.interruptible()
     try:
         report = submitting.run_local(spec, set_ or [])
