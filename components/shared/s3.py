@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -32,7 +33,17 @@ def is_data_object(key: str) -> bool:
 
 
 def client(attempts: int) -> Any:
-    """A boto3 client of the S3 that the environment names; each request is tried `attempts` times."""
+    """A boto3 client of the S3 that the environment names; each request is tried `attempts` times.
+
+    Made once (0.2 s) for each environment and process: threads may share one, a forked process must not use
+    its parent's connections.
+    """
+    named = tuple(sorted((key, value) for key, value in os.environ.items() if key.startswith("AWS_")))
+    return _client(attempts, os.getpid(), named)
+
+
+@functools.cache
+def _client(attempts: int, process: int, environment: tuple[tuple[str, str], ...]) -> Any:
     import boto3
     from botocore.config import Config
 
