@@ -62,8 +62,7 @@ def run(pipeline: str) -> dict[str, Any]:
         os.environ["TUNEYARD_HOME"] = str(home)
         os.environ.update(platform.environment(platform.up(home)))
         try:
-            sources = [spec.ingest.source, spec.ingest.test_source or "", spec.train.base_model]
-            fetch.ensure([uri for uri in sources if uri], home)
+            fetch.ensure([*spec.ingest.external_uris(), *spec.train.external_uris()], home)
             report, seconds, peak = _timed_submit(pipeline, home)
             again, again_seconds, _ = _timed_submit(pipeline, home)
         finally:

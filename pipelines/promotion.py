@@ -194,11 +194,10 @@ def _settle(version: registry.RegisteredVersion, entry: Entry | None, store: Sto
 def _put_in_service(version: registry.RegisteredVersion, deployment: Mapping[str, Any], store: Store) -> None:
     from components.deploy.config import DeployConfig
     from components.deploy.deploy import put_in_service
+    from components.deploy.server import address
 
-    url = os.environ.get("TUNEYARD_SERVING_URL", "")
-    token = os.environ.get("TUNEYARD_SERVING_TOKEN", "")
     try:
-        put_in_service(version.name, store, url, token, DeployConfig.model_validate({}).ready_seconds)
+        put_in_service(version.name, store, *address(), DeployConfig.model_validate({}).ready_seconds)
     except TuneyardError as error:
         raise TuneyardError(
             f"{version.name} version {version.version} is champion in the ledger, but the server did not "

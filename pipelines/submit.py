@@ -71,8 +71,7 @@ def _run(
     done: dict[str, dict[str, Any]] | None = None
     kfp_says = ""
     with _told(report):
-        sources = [spec.ingest.source, spec.ingest.test_source or "", spec.train.base_model]
-        fetch.ensure([uri for uri in sources if uri], home)
+        fetch.ensure([*spec.ingest.external_uris(), *spec.train.external_uris()], home)
         planned = planner.plan(spec, store)
         done = {p.stage: p.commit for p in planned if p.commit}
         for stage, commit in done.items():

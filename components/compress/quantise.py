@@ -89,6 +89,8 @@ def fuse_attention(path: Path, config: Any) -> Any:
     from onnxruntime.transformers.optimizer import optimize_model
 
     options = FusionOptions("bert")
+    # The usual form keeps of a mask only how long each text is, so it would be wrong for left-padded input.
+    options.use_raw_attention_mask(True)
     options.enable_embed_layer_norm = False  # would hide the embedding tables from quantise_tables
     options.enable_skip_layer_norm = False  # see sum_residuals
     options.enable_bias_skip_layer_norm = False

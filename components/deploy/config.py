@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -29,12 +28,11 @@ class DeployConfig(Settings):
 
         Where there was no champion to deploy, one may have been promoted since.
         """
-        from components.deploy.server import ModelServer
+        from components.deploy.server import ModelServer, address
 
         if "version" not in summary:
             return False
-        url, token = (os.environ.get(key, "") for key in ("TUNEYARD_SERVING_URL", "TUNEYARD_SERVING_TOKEN"))
         try:
-            return ModelServer(url, token, _LOADING_SECONDS).serves(summary["name"])
+            return ModelServer(*address(), _LOADING_SECONDS).serves(summary["name"])
         except TuneyardError:
             return False

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import tempfile
 import time
 from collections.abc import Mapping
@@ -14,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from components.deploy.config import DeployConfig
-from components.deploy.server import Answer, ModelServer
+from components.deploy.server import Answer, ModelServer, address
 from components.shared import registry
 from components.shared.errors import TuneyardError
 from components.shared.manifest import Manifest
@@ -75,8 +74,7 @@ def deploy(config: DeployConfig, inputs: Mapping[str, Artifact], context: Contex
     if champion.version != version:
         why = registration.get("why", "")
         log.info("%s: version %s is not champion (%s); %s stays", name, version, why, champion.version)
-    url, token = (os.environ.get(key, "") for key in ("TUNEYARD_SERVING_URL", "TUNEYARD_SERVING_TOKEN"))
-    deployment = put_in_service(name, context.store, url, token, config.ready_seconds)
+    deployment = put_in_service(name, context.store, *address(), config.ready_seconds)
     summary = asdict(deployment) | {"registered_version": version}
     _write(context, summary)
     metrics = {"load_seconds": deployment.load_seconds}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +22,11 @@ class Answer:
     text: str
     version: str
     digest: str
+
+
+def address() -> tuple[str, str]:
+    """URL and token of the model server that the environment names; '' where it names none."""
+    return os.environ.get("TUNEYARD_SERVING_URL", ""), os.environ.get("TUNEYARD_SERVING_TOKEN", "")
 
 
 class ModelServer:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 from pathlib import Path
@@ -10,6 +11,8 @@ import psutil
 
 from components.shared.errors import TuneyardError
 from pipelines.embedded.seaweed import weed_executable
+
+log = logging.getLogger(__name__)
 
 CGROUP = Path("/sys/fs/cgroup")
 # What the pipelines that ship need at their peak, some air included; the README names the same two.
@@ -52,12 +55,19 @@ def preflight(home: Path, disk_gib: float = DISK_GIB, memory_gib: float = MEMORY
 def available_memory_gib() -> float:
     """Memory that can be used without swapping, in GiB, within the limit of the container if there is one."""
     available = psutil.virtual_memory().available
-    try:
-        limit = int((CGROUP / "memory.max").read_text())
-        used = int((CGROUP / "memory.current").read_text())
-        figures = dict(line.split() for line in (CGROUP / "memory.stat").read_text().splitlines())
-        # The page cache counts as used there, and is given back on demand.
-        available = min(available, limit - used + int(figures["inactive_file"]) + int(figures["active_file"]))
-    except (OSError, ValueError, KeyError):
-        pass  # no cgroup v2, or the word "max": no limit but the machine's
+    limit = CGROUP / "memory.max"
+    # Without cgroup v2, and where the limit is the word "max", there is none but the machine's.
+    if limit.is_file() and limit.read_text().strip() != "max":
+        try:
+            used = int((CGROUP / "memory.current").read_text())
+            figures = dict(line.split() for line in (CGROUP / "memory.stat").read_text().splitlines())
+            # The page cache counts as used there, and is given back on demand.
+            cache = int(figures["inactive_file"]) + int(figures["active_file"])
+            available = min(available, int(limit.read_text()) - used + cache)
+        except (OSError, ValueError, KeyError) as error:
+            log.warning(
+                "the memory limit of this container cannot be read (%s: %s); going by the machine's",
+                type(error).__name__,
+                error,
+            )
     return available / 2**30

@@ -58,6 +58,22 @@ def test_any_batch_and_length_runs_and_padding_is_ignored(int8):
     np.testing.assert_allclose(together, np.repeat(alone, 3, axis=0), atol=0.15 * np.abs(alone).max())
 
 
+def test_any_mask_means_what_it_means_to_pytorch(classifier, tmp_path):
+    from transformers import AutoModelForSequenceClassification
+
+    model = AutoModelForSequenceClassification.from_pretrained(classifier, attn_implementation="eager").eval()
+    quantise.export(model, tmp_path / "float32.onnx")
+    ids = np.arange(5, 32, dtype="int64").reshape(3, 9)
+    mask = np.array([[0] * 4 + [1] * 5, [1] * 3 + [0] * 2 + [1] * 4, [1] * 6 + [0] * 3])  # left, hole, right
+    batch = [{"input_ids": ids, "attention_mask": mask}]
+    exported, reference = (
+        encoder.onnx_logits(tmp_path / "float32.onnx", batch),
+        encoder.torch_logits(model, batch),
+    )
+    # float32 in another order
+    np.testing.assert_allclose(exported, reference, atol=1e-4)
+
+
 def test_the_folder_is_whole_and_the_card_carried_over(int8, classifier):
     _, folder, _ = int8
     before, after = ModelCard.read(classifier), ModelCard.read(folder)

@@ -80,15 +80,22 @@ def test_preflight_names_every_fault_with_its_numbers(
     preflight(tmp_path, disk_gib=0.001, memory_gib=0.001)
 
 
-def test_preflight_sees_the_limit_of_a_container(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_preflight_sees_the_limit_of_a_container(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     gib = 2**30
     (tmp_path / "memory.max").write_text(f"{2 * gib}\n")
     (tmp_path / "memory.current").write_text(f"{int(1.75 * gib)}\n")
     (tmp_path / "memory.stat").write_text(f"anon 5\ninactive_file {gib // 8}\nactive_file {gib // 8}\n")
     monkeypatch.setattr(preflight_module, "CGROUP", tmp_path)
     assert preflight_module.available_memory_gib() == 0.5
+    (tmp_path / "memory.stat").write_text("anon 5\n")
+    assert preflight_module.available_memory_gib() > 0.5
+    assert "memory limit of this container cannot be read (KeyError: 'inactive_file')" in caplog.text
+    caplog.clear()
     (tmp_path / "memory.max").write_text("max\n")
     assert preflight_module.available_memory_gib() > 0.5
+    assert not caplog.text
 
 
 def test_the_home_is_in_the_checkout_or_where_the_variable_says(
