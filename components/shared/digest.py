@@ -38,6 +38,12 @@ def _source_files(folders: Iterable[str]) -> list[Path]:
 
 
 @cache
+def of_folders(*folders: str) -> str:
+    """Hex sha256 over the source files below folders of this tree and over the dependency locks."""
+    files = _source_files(folders) + sorted((TREE_ROOT / "requirements").glob("*.txt"))
+    return of_value([[str(path.relative_to(TREE_ROOT)), of_file(path)] for path in files])
+
+
 def of_code(stage: str) -> str:
     """Hex sha256 over the code that decides what a stage produces.
 
@@ -45,5 +51,4 @@ def of_code(stage: str) -> str:
     since a new server must be put in service like a new model.
     """
     folders = [f"components/{stage}", "components/shared"] + (["serving"] if stage == "deploy" else [])
-    files = _source_files(folders) + sorted((TREE_ROOT / "requirements").glob("*.txt"))
-    return of_value([[str(path.relative_to(TREE_ROOT)), of_file(path)] for path in files])
+    return of_folders(*folders)

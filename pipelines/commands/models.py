@@ -1,0 +1,67 @@
+"""The commands of registered and served models."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Any
+
+import typer
+
+from pipelines.commands.options import Json, Model, Who, connect
+
+app = typer.Typer()
+
+
+@app.command()
+def promote(
+    model: Model,
+    version: Annotated[int | None, typer.Option(help="Version; the candidate when absent.")] = None,
+    why: Annotated[str, typer.Option(help="The reason, for the ledger.")] = "",
+    who: Who = None,
+    force: Annotated[bool, typer.Option(help="Also when its verdict failed.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Make a version the champion and put it in service."""
+    from pipelines import promotion
+
+    connect()
+    _say(promotion.promote(model, version, who=who or promotion.default_who(), why=why, force=force), as_json)
+
+
+@app.command()
+def rollback(
+    model: Model,
+    why: Annotated[str, typer.Option(help="The reason, for the ledger.")] = "",
+    who: Who = None,
+    as_json: Json = False,
+) -> None:
+    """Make the previous champion the champion again and put it in service."""
+    from pipelines import promotion
+
+    connect()
+    _say(promotion.rollback(model, who=who or promotion.default_who(), why=why), as_json)
+
+
+def _say(change: Any, as_json: bool) -> None:
+    from dataclasses import asdict
+
+    if as_json:
+        typer.echo(json.dumps(asdict(change), default=str, ensure_ascii=False))
+    else:
+        typer.echo(str(change))
+
+
+@app.command()
+def ask(
+    model: Model,
+    question: Annotated[str, typer.Argument(help="What to ask it, or the text to classify.")],
+    system: Annotated[str | None, typer.Option(help="System message, for a causal model.")] = None,
+    max_tokens: Annotated[int, typer.Option(help="Longest answer in tokens.")] = 256,
+    as_json: Json = False,
+) -> None:
+    """Ask the served champion."""
+    from pipelines import asking
+    from pipelines.embedded import platform
+
+    connect()
+    asking.ask(platform.up(platform.home_dir()).serving_url, model, question, system, max_tokens, as_json)
