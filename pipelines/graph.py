@@ -6,11 +6,13 @@
 from __future__ import annotations
 
 import importlib
-import json
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
 from typing import Any
 
 from pipelines import placement
+from pipelines.images.lock import Image
 from pipelines.spec import PipelineSpec
 
 
@@ -31,42 +33,126 @@ def inputs_of(stage: str, spec: PipelineSpec) -> dict[str, tuple[str, str]]:
     return table[stage]
 
 
-def build(
-    spec: PipelineSpec, run: str | None = None, done: Mapping[str, Mapping[str, str]] | None = None
-) -> Any:
-    """The KFP pipeline of a spec.
+@dataclass(frozen=True)
+class OnThisMachine:
+    """A run of KFP's local runner.
 
     Args:
-        spec: the pipeline.
-        run: id of the run; None: KFP's own, when it runs.
-        done: stage -> output -> where its manifest is, for stages that need not run.
+        run: its id.
+        done: stage -> output -> file with its manifest, for stages that need not run.
+    """
+
+    run: str
+    done: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class OnACluster:
+    """Runs of a Kubeflow Pipelines endpoint; KFP names each when it starts.
+
+    Args:
+        images: the locked images.
+        keys: stage -> key, for stages whose commit is in the store: KFP's cache answers for them under that
+            key. The others must run, so KFP's cache is off: its own key knows neither our code nor the bytes
+            behind a URI. A stage looks for its commit itself, so what is done is never done again.
+    """
+
+    images: Mapping[str, Image]
+    keys: Mapping[str, str] = field(default_factory=dict)
+
+
+def build(spec: PipelineSpec, where: OnThisMachine | OnACluster) -> Any:
+    """The KFP pipeline of a spec.
 
     Returns:
-        A KFP pipeline: compile it, or call it to run it locally.
+        A KFP pipeline: compile it, or call it to run it on this machine.
     """
     from kfp import dsl
 
-    done = done or {}
-    run_facts = json.dumps({"id": run or dsl.PIPELINE_JOB_ID_PLACEHOLDER, "pipeline": spec.name})
+    def pipeline(slot=""):  # type: ignore[no-untyped-def]
+        with _notifying(spec, where, slot):
+            _stages(spec, where, slot)
 
-    @dsl.pipeline(name=spec.name.replace("_", "-"), description=f"Tuneyard pipeline {spec.name}")
-    def pipeline():  # type: ignore[no-untyped-def]  # KFP reads an annotation as an output
-        artifacts: dict[tuple[str, str], Any] = {}
-        for stage, settings in spec.stages().items():
-            if stage in done:
-                for output, uri in done[stage].items():
-                    wanted = any(
-                        (stage, output) in inputs_of(s, spec).values() for s in spec.stages() if s not in done
-                    )
-                    if wanted:
-                        kind = dsl.Model if output in ("model", "compressed") else dsl.Dataset
-                        artifacts[stage, output] = dsl.importer(artifact_uri=uri, artifact_class=kind).output
-                continue
-            component = getattr(importlib.import_module(f"components.{stage}.component"), stage)
-            inputs = {name: artifacts[source] for name, source in inputs_of(stage, spec).items()}
-            task = component(config=settings.model_dump_json(), run=run_facts, **inputs)
-            placement.place(task, stage, on_cluster=run is None)
-            for output in component.component_spec.outputs:
-                artifacts[stage, output] = task.outputs[output]
+    # KFP reads types, and this module's annotations are text.
+    pipeline.__annotations__["slot"] = str
+    config = dsl.PipelineConfig(
+        ttl_seconds_after_finished=round(spec.hardware.keep_days * 86400),
+        active_deadline_seconds=round(spec.hardware.run_hours * 3600),
+    )
+    return dsl.pipeline(
+        pipeline,
+        name=spec.name.replace("_", "-"),
+        description=f"Tuneyard pipeline {spec.name}",
+        pipeline_config=config if isinstance(where, OnACluster) else None,
+    )
 
-    return pipeline
+
+def _stages(spec: PipelineSpec, where: OnThisMachine | OnACluster, slot: Any) -> None:
+    from kfp import dsl
+
+    done = where.done if isinstance(where, OnThisMachine) else {}
+    artifacts: dict[tuple[str, str], Any] = {}
+    champion: Any = None
+    for stage, settings in spec.stages().items():
+        if stage in done:
+            for output, uri in done[stage].items():
+                wanted = any(
+                    (stage, output) in inputs_of(s, spec).values() for s in spec.stages() if s not in done
+                )
+                if wanted:
+                    kind = dsl.Model if output in ("model", "compressed") else dsl.Dataset
+                    artifacts[stage, output] = dsl.importer(artifact_uri=uri, artifact_class=kind).output
+            continue
+        component = getattr(importlib.import_module(f"components.{stage}.component"), stage)
+        inputs = {name: artifacts[source] for name, source in inputs_of(stage, spec).items()}
+        with _when_champion(champion, where):
+            task = component(config=settings.model_dump_json(), **_names(spec, where), slot=slot, **inputs)
+            _place(task, stage, spec, where)
+        for output in component.component_spec.outputs:
+            artifacts[stage, output] = task.outputs[output]
+        champion = task.outputs["champion"] if stage == "register" else None
+
+
+def _when_champion(champion: Any, where: OnThisMachine | OnACluster) -> AbstractContextManager[Any]:
+    """Around deploy: a version that is not champion changes nothing in service, so no pod is started for it.
+
+    On this machine deploy costs a second and makes sure that the champion is served. (KFP's local runner
+    cannot read an output of a task in a condition, and then skips what depends on it without a word.)
+    """
+    from kfp import dsl
+
+    if champion is None or isinstance(where, OnThisMachine):
+        return nullcontext()
+    return dsl.If(champion == "true", name="champion")
+
+
+def _names(spec: PipelineSpec, where: OnThisMachine | OnACluster) -> dict[str, str]:
+    """`run` and `pipeline` of a task. KFP resolves its placeholder only where it is the whole value."""
+    from kfp import dsl
+
+    run = where.run if isinstance(where, OnThisMachine) else dsl.PIPELINE_JOB_ID_PLACEHOLDER
+    return {"run": run, "pipeline": spec.name}
+
+
+def _place(task: Any, stage: str, spec: PipelineSpec, where: OnThisMachine | OnACluster) -> None:
+    task.set_display_name(stage)
+    task.set_caching_options(False)
+    if isinstance(where, OnACluster):
+        if stage in where.keys:
+            task.set_caching_options(True, cache_key=where.keys[stage])
+        placement.place(task, stage, spec.name, spec.hardware, where.images)
+
+
+def _notifying(
+    spec: PipelineSpec, where: OnThisMachine | OnACluster, slot: Any
+) -> AbstractContextManager[Any]:
+    """Around the stages: tell somebody how the run ended. On this machine submit does it."""
+    if spec.notify is None or isinstance(where, OnThisMachine):
+        return nullcontext()
+    from kfp import dsl
+
+    from components.notify.component import notify
+
+    task = notify(config=spec.notify.model_dump_json(), **_names(spec, where), slot=slot)
+    _place(task, "notify", spec, where)
+    return dsl.ExitHandler(task, name="stages")

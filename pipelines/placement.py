@@ -1,23 +1,162 @@
-"""Where a stage runs: the only file that knows images, processors and memory."""
+"""Where a stage runs: the only file that knows images, GPUs, node pools, secrets and volumes.
+
+It turns the `hardware:` section into what Kubeflow Pipelines takes: the platform spec beside the IR, whose
+schema is kubernetes_executor_config.proto of kfp-kubernetes.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
-# (CPU cores, memory) that a stage asks a cluster for: what the sample pipelines were seen to use.
-_REQUESTS = {"train": ("2", "10G"), "compress": ("2", "8G"), "evaluate": ("2", "8G")}
-_SMALL = ("1", "2G")
+from pipelines.hardware import HardwareConfig, StageHardware
+from pipelines.images.lock import Image
+
+# What every cluster that follows k8s/ has in the namespace of the runs.
+PLATFORM_CONFIG = "tuneyard-platform"
+PLATFORM_VARIABLES = (
+    "AWS_ENDPOINT_URL_S3",
+    "AWS_REGION",
+    "AWS_DEFAULT_REGION",
+    "TUNEYARD_STORE",
+    "TUNEYARD_MLFLOW_ARTIFACTS",
+    "MLFLOW_TRACKING_URI",
+    "MLFLOW_REGISTRY_URI",
+    "TUNEYARD_SERVING_URL",
+)
+_S3: dict[str, tuple[str, ...]] = {"tuneyard-s3": ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")}
+_MLFLOW: dict[str, tuple[str, ...]] = {
+    "tuneyard-mlflow": ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD")
+}
+_SERVING: dict[str, tuple[str, ...]] = {"tuneyard-serving": ("TUNEYARD_SERVING_TOKEN",)}
+NOTIFY: dict[str, tuple[str, ...]] = {"tuneyard-notify": ("TUNEYARD_NOTIFY_URL",)}
+# A secret goes to the stages that use it and to no other.
+SECRETS: dict[str, Mapping[str, tuple[str, ...]]] = {
+    "train": _S3 | _MLFLOW,
+    "evaluate": _S3 | _MLFLOW,
+    "register": _S3 | _MLFLOW,
+    "deploy": _S3 | _MLFLOW | _SERVING,
+    "notify": _S3 | NOTIFY,
+}
+TRAIN_TOKEN = "tuneyard-train-token"
+TRAIN_TOKEN_PATH = "/var/run/secrets/tuneyard/train"
+USER = 10001
+# Label (or taint) by which a provider marks its spot nodes; each documents it as the way to ask for them.
+_SPOT = {
+    "gke": ("cloud.google.com/gke-spot", "true"),
+    "eks": ("eks.amazonaws.com/capacityType", "SPOT"),
+    "karpenter": ("karpenter.sh/capacity-type", "spot"),
+    "aks": ("kubernetes.azure.com/scalesetpriority", "spot"),
+}
 
 
-def place(task: Any, stage: str, on_cluster: bool) -> None:
-    """Give a task its resources; on one machine there is nothing to ask for.
+def place(
+    task: Any, stage: str, pipeline: str, hardware: HardwareConfig, images: Mapping[str, Image]
+) -> None:
+    """Give a task of a cluster run its image, resources, nodes and secrets.
 
-    KFP's own cache is off: its key knows neither our code nor the bytes behind a URI; the planner decides.
+    Args:
+        task: a KFP task.
+        stage: its stage, or `notify`.
+        pipeline: name of the pipeline.
+        hardware: of the pipeline.
+        images: the locked images.
     """
-    task.set_caching_options(False)
-    task.set_display_name(stage)
-    if not on_cluster:
-        return
-    cores, memory = _REQUESTS.get(stage, _SMALL)
-    task.set_cpu_request(cores)
+    asked = hardware.of(stage)
+    # With a TrainJob the GPUs are in its pods, and the stage's own pod only watches.
+    elsewhere = stage == "train" and hardware.nodes > 1
+    gpus = 0 if elsewhere else asked.gpus or 0
+    task.set_container_image(images["gpu" if gpus else "cpu"].reference)
+    _resources(task, asked, gpus)
+    _nodes(task, asked, gpus)
+    _environment(task, stage, pipeline, asked)
+    _storage(task, asked)
+    _policy(task, stage, pipeline, asked)
+    if elsewhere:
+        from kfp import kubernetes
+
+        kubernetes.use_secret_as_volume(task, TRAIN_TOKEN, TRAIN_TOKEN_PATH)
+
+
+def _resources(task: Any, asked: StageHardware, gpus: int) -> None:
+    task.set_cpu_request(f"{round((asked.cpus or 0) * 1000)}m")
+    memory = f"{round((asked.memory_gib or 0) * 1024)}Mi"
+    # Request and limit are one number: a pod that may take more than it asked for is the one that is killed
+    # when its neighbours do the same.
     task.set_memory_request(memory)
+    task.set_memory_limit(memory)
+    if gpus:
+        task.set_accelerator_type(asked.gpu_resource)
+        task.set_accelerator_limit(gpus)
+
+
+def _nodes(task: Any, asked: StageHardware, gpus: int) -> None:
+    from kfp import kubernetes
+
+    labels = dict(asked.node_selector or {})
+    if gpus and asked.gpu_product:
+        labels["nvidia.com/gpu.product"] = asked.gpu_product
+    if asked.spot:
+        label, value = _SPOT[asked.spot]
+        labels[label] = value
+        kubernetes.add_toleration(task, key=label, operator="Equal", value=value, effect="NoSchedule")
+    if gpus:
+        # The taint that GPU node pools carry so that nothing else fills them.
+        kubernetes.add_toleration(task, key=asked.gpu_resource, operator="Exists", effect="NoSchedule")
+    for label, value in sorted(labels.items()):
+        kubernetes.add_node_selector(task, label, value)
+    for taint in asked.tolerations or ():
+        kubernetes.add_toleration(task, **taint.model_dump(exclude_none=True))
+
+
+def _environment(task: Any, stage: str, pipeline: str, asked: StageHardware) -> None:
+    from kfp import kubernetes
+
+    kubernetes.use_config_map_as_env(task, PLATFORM_CONFIG, {name: name for name in PLATFORM_VARIABLES})
+    for secret, variables in SECRETS.get(stage, _S3).items():
+        kubernetes.use_secret_as_env(task, secret, {name: name for name in variables})
+    for secret, keys in (asked.secrets or {}).items():
+        kubernetes.use_secret_as_env(task, secret, dict(keys))
+    task.set_env_variable("TUNEYARD_HOME", "/work")
+    task.set_env_variable("HOME", "/work")
+
+
+def _storage(task: Any, asked: StageHardware) -> None:
+    from kfp import kubernetes
+
+    scratch = f"{round((asked.scratch_gib or 0) * 1024)}Mi"
+    if asked.scratch_class:
+        kubernetes.add_ephemeral_volume(
+            task, "work", "/work", ["ReadWriteOnce"], scratch, storage_class_name=asked.scratch_class
+        )
+    else:
+        kubernetes.empty_dir_mount(task, "work", "/work", size_limit=scratch)
+    kubernetes.empty_dir_mount(task, "tmp", "/tmp", size_limit="2Gi")
+    if asked.shared_memory_gib:
+        # A container's own /dev/shm has 64 MiB, and NCCL and DataLoader workers die of a bus error in it.
+        size = f"{round(asked.shared_memory_gib * 1024)}Mi"
+        kubernetes.empty_dir_mount(task, "shm", "/dev/shm", medium="Memory", size_limit=size)
+    for volume in asked.volumes or ():
+        kubernetes.mount_pvc(task, volume.claim, volume.path, sub_path=volume.sub_path)
+
+
+def _policy(task: Any, stage: str, pipeline: str, asked: StageHardware) -> None:
+    from kfp import kubernetes
+
+    if asked.retries:
+        task.set_retry(asked.retries, f"{asked.retry_seconds}s", 2.0, "3600s")
+    kubernetes.set_timeout(task, round((asked.timeout_hours or 0) * 3600))
+    kubernetes.set_security_context(task, run_as_user=USER, run_as_group=USER, run_as_non_root=True)
+    if asked.image_pull_secrets:
+        kubernetes.set_image_pull_secrets(task, list(asked.image_pull_secrets))
+    labels = {
+        "app.kubernetes.io/part-of": "tuneyard",
+        "app.kubernetes.io/component": stage,
+        "tuneyard.dev/pipeline": pipeline,
+    }
+    if asked.queue:
+        labels["kueue.x-k8s.io/queue-name"] = asked.queue
+    if asked.priority:
+        labels["kueue.x-k8s.io/priority-class"] = asked.priority
+    for label, value in labels.items():
+        kubernetes.add_pod_label(task, label, value)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,10 +14,17 @@ from pipelines.spec import PipelineSpec
 
 @dataclass(frozen=True)
 class Planned:
-    """A stage of the plan: its commit when it is done already, else None."""
+    """A stage of the plan.
+
+    Args:
+        stage: its name.
+        commit: when it is done already, else None.
+        key: when its inputs are known, else None.
+    """
 
     stage: str
     commit: dict[str, Any] | None
+    key: str | None = None
 
 
 def plan(spec: PipelineSpec, store: Store) -> list[Planned]:
@@ -30,7 +37,7 @@ def plan(spec: PipelineSpec, store: Store) -> list[Planned]:
     planned: list[Planned] = []
     for stage, settings in spec.stages().items():
         sources = inputs_of(stage, spec)
-        commit = None
+        commit = key = None
         if not stopped(planned) and all(source in digests for source in sources.values()):
             key = stage_key(
                 stage, settings, {name: digests[source] for name, source in sources.items()}, store
@@ -39,8 +46,20 @@ def plan(spec: PipelineSpec, store: Store) -> list[Planned]:
         if commit:
             # manifests/<digest>.json
             digests |= {(stage, name): uri.rsplit("/", 1)[1][:-5] for name, uri in commit["outputs"].items()}
-        planned.append(Planned(stage, commit))
+        planned.append(Planned(stage, commit, key))
     return planned
+
+
+def why_needless(stage: str, before: Mapping[str, Any] | None) -> str:
+    """Why a cluster run leaves a stage out after the commit of the stage before it; empty when it does not.
+
+    Only deploy: a version that did not become champion changes nothing in service, so no pod is started for
+    it. The graph says the same with a condition on register's output.
+    """
+    if stage != "deploy" or before is None or before["stop"] or before["summary"]["champion"]:
+        return ""
+    registered = before["summary"]
+    return f"version {registered['version']} is not champion: {registered['why']}"
 
 
 def stopped(planned: Sequence[Planned]) -> bool:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
 from typing import Any
 
 from components.shared import ledger
 from components.shared.commit import commit_name
 from components.shared.errors import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_STOPPED, TuneyardError
 from components.shared.store import Store
-from pipelines.spec import PipelineSpec
+from pipelines.planner import why_needless
 
 _STATUS = {EXIT_DONE: "done", EXIT_STOPPED: "stopped", EXIT_INTERRUPTED: "interrupted"}
 
@@ -22,6 +23,7 @@ class Report:
 
     run_id: str
     pipeline: str
+    started: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
     status: str = "done"
     exit_code: int = EXIT_DONE
     seconds: float = 0.0
@@ -48,13 +50,17 @@ class Report:
 
 
 def gather(
-    report: Report, spec: PipelineSpec, done: Mapping[str, Mapping[str, Any]], store: Store, serving_url: str
+    report: Report,
+    stages: Sequence[str],
+    done: Mapping[str, Mapping[str, Any]],
+    store: Store,
+    serving_url: str,
 ) -> None:
     """Fill in how each stage went, and why the run ended.
 
     Args:
         report: of a run whose processes have ended.
-        spec: its pipeline.
+        stages: of its pipeline, in order.
         done: stage -> commit, of those that were done before.
         store: where the others left theirs.
         serving_url: of the model server.
@@ -64,7 +70,7 @@ def gather(
             not looked up are in the report as `unknown`.
     """
     fault: dict[str, Any] | None = None
-    stages = list(spec.stages())
+    before: Mapping[str, Any] | None = None
     try:
         for stage in stages:
             commit, record = done.get(stage), None
@@ -74,7 +80,11 @@ def gather(
                 record = _cut_off(stage, report)
             elif record and record["status"] in ("done", "stopped"):
                 commit = store.read_json(commit_name(stage, record["key"]))
-            report.stages.append(_row(stage, commit, record))
+            row = _row(stage, commit, record)
+            if row["status"] == "not run" and (why := why_needless(stage, before)):
+                row |= {"status": "not needed", "why": why}
+            report.stages.append(row)
+            before = commit
             fault = fault or _fault(stage, commit, record)
             if commit:
                 _take(report, stage, commit, store, serving_url)
@@ -112,6 +122,7 @@ def _row(stage: str, commit: Mapping[str, Any] | None, record: Mapping[str, Any]
         "status": status,
         "seconds": record.get("seconds", 0.0) if record else 0.0,
         "cached": cached,
+        "key": commit["key"] if commit else None,
         "outputs": dict(commit["outputs"]) if commit else {},
     }
     if commit and not cached:

@@ -53,12 +53,12 @@ def _strange_metrics(raw: Mapping[str, Any], task: str) -> Iterator[tuple[tuple[
 
 def fill_in(raw: dict[str, Any]) -> None:
     """Put what one section says into the others that need it."""
-    for optional in ("compress", "register", "deploy"):
+    for optional in ("compress", "register", "deploy", "notify"):
         if optional in raw:
             raw[optional] = (
                 {} if raw[optional] in (None, True) else None if raw[optional] is False else raw[optional]
             )
-    for section in ("validate", "split", "evaluate"):
+    for section in ("validate", "split", "evaluate", "hardware"):
         if section in raw and raw[section] is None:
             del raw[section]
     ingest, train = _section(raw, "ingest"), _section(raw, "train")

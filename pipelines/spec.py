@@ -14,6 +14,7 @@ from components.compress.config import CompressConfig
 from components.deploy.config import DeployConfig
 from components.evaluate.config import EvaluateConfig
 from components.ingest.config import IngestConfig
+from components.notify.config import NotifyConfig
 from components.register.config import RegisterConfig
 from components.shared.errors import SpecError, UsageError
 from components.shared.settings import Settings
@@ -21,6 +22,8 @@ from components.split.config import SplitConfig
 from components.train.config import TrainConfig
 from components.validate.config import ValidateConfig
 from pipelines import sections
+from pipelines.hardware import HardwareConfig
+from pipelines.schedule import ScheduleConfig
 
 FOLDER = Path(__file__).resolve().parent
 
@@ -30,6 +33,9 @@ class PipelineSpec(Settings):
 
     Args:
         name: of the pipeline, its MLflow experiment and, unless register says otherwise, its model.
+        notify: who is told how a run ended; nobody without the section.
+        hardware: what the stages ask of a cluster.
+        schedule: when a cluster starts it by itself.
     """
 
     name: str = Field(pattern=r"^[a-z][a-z0-9_-]{0,62}$")
@@ -41,6 +47,9 @@ class PipelineSpec(Settings):
     compress: CompressConfig | None = None
     register_: RegisterConfig | None = Field(None, alias="register")
     deploy: DeployConfig | None = None
+    notify: NotifyConfig | None = None
+    hardware: HardwareConfig = HardwareConfig()
+    schedule: ScheduleConfig | None = None
 
     def stages(self) -> dict[str, Settings]:
         """Stage name -> settings, for the stages this pipeline has, in order."""

@@ -53,7 +53,7 @@ def run_local(name: str, overrides: Sequence[str] = (), screen: Any = sys.stderr
     report = Report(new_run_id(spec.name), spec.name)
     report.log = str(home / "runs" / report.run_id / "log.txt")
     log.info("%s: no cluster is configured, running on this machine (%s)", spec.name, home)
-    with _told(report):
+    with told(report):
         platform.preflight(home)
         embedded = platform.up(home)
         os.environ.update(platform.environment(embedded))
@@ -70,7 +70,7 @@ def _run(
     store = Store.from_environment()
     done: dict[str, dict[str, Any]] | None = None
     kfp_says = ""
-    with _told(report):
+    with told(report):
         fetch.ensure([*spec.ingest.external_uris(), *spec.train.external_uris()], home)
         planned = planner.plan(spec, store)
         done = {p.stage: p.commit for p in planned if p.commit}
@@ -80,9 +80,9 @@ def _run(
             kfp_says = _run_graph(spec, report, done, home, screen)
     if report.error:  # the store may be why, and nobody waits for a minute to learn it again
         store = store.impatient()
-    with _told(report):
+    with told(report):
         if done is not None:
-            gather(report, spec, done, store, serving_url)
+            gather(report, list(spec.stages()), done, store, serving_url)
         if kfp_says and not report.error:
             report.end({"what": kfp_says, "todo": f"see {report.log}", "exit_code": EXIT_FAILED})
         report.seconds = round(time.monotonic() - started, 1)
@@ -90,7 +90,7 @@ def _run(
 
 
 @contextlib.contextmanager
-def _told(report: Report) -> Iterator[None]:
+def told(report: Report) -> Iterator[None]:
     """An error of ours or Ctrl-C ends the report and not the command, which has yet to keep and print it."""
     try:
         yield
@@ -137,7 +137,7 @@ def _run_graph(
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(store.read_manifest(uri).to_json())
             manifests.setdefault(stage, {})[output] = str(path)
-    pipeline = graph.build(spec, report.run_id, manifests)
+    pipeline = graph.build(spec, graph.OnThisMachine(report.run_id, manifests))
     local.init(runner=local.SubprocessRunner(use_venv=False), pipeline_root=str(folder / "kfp"))
     watcher = Watcher(Path(report.log), screen)
     kfp_log = logging.getLogger()

@@ -8,6 +8,8 @@ from kfp.dsl import HTML, Input, Metrics, Model, Output
 def compress(
     config: str,
     run: str,
+    pipeline: str,
+    slot: str,
     model: Input[Model],
     compressed: Output[Model],
     page: Output[HTML],
@@ -19,4 +21,4 @@ def compress(
     from components.shared.stage import execute
 
     inputs, outputs = {"model": model}, {"compressed": compressed}
-    execute(verb, CompressConfig, config, run, inputs, outputs, page, metrics)
+    execute(verb, CompressConfig, config, (run, pipeline, slot), inputs, outputs, page, metrics)

@@ -8,6 +8,8 @@ from kfp.dsl import HTML, Dataset, Input, Metrics, Output
 def deploy(
     config: str,
     run: str,
+    pipeline: str,
+    slot: str,
     registration: Input[Dataset],
     deployment: Output[Dataset],
     page: Output[HTML],
@@ -19,4 +21,4 @@ def deploy(
     from components.shared.stage import execute
 
     inputs, outputs = {"registration": registration}, {"deployment": deployment}
-    execute(verb, DeployConfig, config, run, inputs, outputs, page, metrics)
+    execute(verb, DeployConfig, config, (run, pipeline, slot), inputs, outputs, page, metrics)

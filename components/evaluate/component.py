@@ -8,6 +8,8 @@ from kfp.dsl import HTML, Dataset, Input, Metrics, Model, Output
 def evaluate(
     config: str,
     run: str,
+    pipeline: str,
+    slot: str,
     test: Input[Dataset],
     train: Input[Dataset],
     model: Input[Model],
@@ -22,4 +24,5 @@ def evaluate(
     from components.shared.stage import execute
 
     inputs = {"test": test, "train": train, "model": model, "compressed": compressed}
-    execute(verb, EvaluateConfig, config, run, inputs, {"evaluation": evaluation}, page, metrics)
+    outputs = {"evaluation": evaluation}
+    execute(verb, EvaluateConfig, config, (run, pipeline, slot), inputs, outputs, page, metrics)

@@ -8,6 +8,8 @@ from kfp.dsl import HTML, Dataset, Metrics, Output
 def ingest(
     config: str,
     run: str,
+    pipeline: str,
+    slot: str,
     examples: Output[Dataset],
     quarantine: Output[Dataset],
     page: Output[HTML],
@@ -19,4 +21,4 @@ def ingest(
     from components.shared.stage import execute
 
     outputs = {"examples": examples, "quarantine": quarantine}
-    execute(verb, IngestConfig, config, run, {}, outputs, page, metrics)
+    execute(verb, IngestConfig, config, (run, pipeline, slot), {}, outputs, page, metrics)

@@ -1,16 +1,19 @@
 """The KFP wrapper of the register stage."""
 
 from kfp import dsl
-from kfp.dsl import HTML, Dataset, Input, Metrics, Model, Output
+from kfp.dsl import HTML, Dataset, Input, Metrics, Model, Output, OutputPath
 
 
 @dsl.component(base_image="tuneyard/cpu:python", install_kfp_package=False)
 def register(
     config: str,
     run: str,
+    pipeline: str,
+    slot: str,
     model: Input[Model],
     evaluation: Input[Dataset],
     registration: Output[Dataset],
+    champion: OutputPath(str),  # type: ignore[valid-type]  # KFP's own notation
     page: Output[HTML],
     metrics: Output[Metrics],
 ) -> None:
@@ -20,4 +23,6 @@ def register(
     from components.shared.stage import execute
 
     inputs = {"model": model, "evaluation": evaluation}
-    execute(verb, RegisterConfig, config, run, inputs, {"registration": registration}, page, metrics)
+    outputs = {"registration": registration}
+    facts = {"champion": champion}
+    execute(verb, RegisterConfig, config, (run, pipeline, slot), inputs, outputs, page, metrics, facts)

@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from components.shared import clock, digest
+from components.shared import clock, digest, slots
 from components.shared.commit import (
     commit_name,
     raise_if_stopped,
@@ -128,6 +128,7 @@ def _run_verb(
         "stage": context.stage,
         "key": context.key,
         "run": context.run,
+        "made_by": made_by,
         "page": page,
         "seconds": round(time.time() - started, 3),
         "arithmetic_seconds": round(clock.arithmetic_seconds() - computed, 3),
@@ -161,7 +162,7 @@ def perform(
     Args:
         verb: the stage's logic; its package names the stage.
         config: resolved settings.
-        run: `id` and `pipeline` of the run.
+        run: `id`, `pipeline` and `slot` of the run (slots.py).
         inputs: input name -> manifest.
 
     Returns:
@@ -178,6 +179,7 @@ def perform(
     try:
         # Whatever ends the stage overwrites this, but for a kill.
         record(store, run["id"], stage, status="running")
+        slots.claim(run, store)
         key = stage_key(stage, config, {name: manifest.digest for name, manifest in inputs.items()}, store)
         commit = read_commit(stage, key, config, store)
         cached = commit is not None
@@ -206,11 +208,12 @@ def execute(
     verb: Verb,
     config_class: type[Settings],
     config: str,
-    run: str,
+    run: tuple[str, str, str],
     inputs: Mapping[str, Any],
     outputs: Mapping[str, Any],
     page: Any,
     metrics: Any,
+    facts: Mapping[str, str] | None = None,
 ) -> None:
     """The body of every KFP component.
 
@@ -218,11 +221,12 @@ def execute(
         verb: the stage's logic.
         config_class: its settings class.
         config: the settings as JSON.
-        run: JSON with `id` and `pipeline`.
+        run: id of the run, name of the pipeline, slot of the schedule ('' for none).
         inputs: input name -> KFP artifact whose file is a manifest.
         outputs: output name -> KFP artifact to write the manifest to.
         page: KFP HTML artifact.
         metrics: KFP Metrics artifact.
+        facts: entry of the stage's summary -> file to write it to, for what the graph decides by it.
     """
     # A submit that runs in the background hands down an ignored SIGINT; a pod is ended by SIGTERM.
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -235,8 +239,12 @@ def execute(
         n: Manifest.from_json(Path(a.path).read_text(), a.path) for n, a in inputs.items() if a is not None
     }
     try:
-        commit = perform(verb, config_class.model_validate_json(config), json.loads(run), manifests)
+        named = dict(zip(("id", "pipeline", "slot"), run, strict=True))
+        commit = perform(verb, config_class.model_validate_json(config), named, manifests)
         _hand_over(commit, outputs, page, metrics)
+        for name, path in (facts or {}).items():
+            Path(path).parent.mkdir(parents=True, exist_ok=True)
+            Path(path).write_text(json.dumps(commit["summary"][name]))
     except TuneyardError as error:
         log.error("%s: %s", verb.__module__.split(".")[1], error)
         sys.exit(error.exit_code)

@@ -8,6 +8,8 @@ from kfp.dsl import HTML, Dataset, Input, Metrics, Output
 def split(
     config: str,
     run: str,
+    pipeline: str,
+    slot: str,
     examples: Input[Dataset],
     report: Input[Dataset],
     train: Output[Dataset],
@@ -22,4 +24,5 @@ def split(
     from components.split.split import split as verb
 
     outputs = {"train": train, "eval": eval, "test": test}
-    execute(verb, SplitConfig, config, run, {"examples": examples, "report": report}, outputs, page, metrics)
+    inputs = {"examples": examples, "report": report}
+    execute(verb, SplitConfig, config, (run, pipeline, slot), inputs, outputs, page, metrics)

@@ -8,6 +8,8 @@ from kfp.dsl import HTML, Dataset, Input, Metrics, Model, Output
 def train(
     config: str,
     run: str,
+    pipeline: str,
+    slot: str,
     train: Input[Dataset],
     eval: Input[Dataset],
     model: Output[Model],
@@ -21,4 +23,4 @@ def train(
     from components.train.train import train as verb
 
     inputs, outputs = {"train": train, "eval": eval}, {"model": model, "ledger": ledger}
-    execute(verb, TrainConfig, config, run, inputs, outputs, page, metrics)
+    execute(verb, TrainConfig, config, (run, pipeline, slot), inputs, outputs, page, metrics)

@@ -8,6 +8,8 @@ from kfp.dsl import HTML, Dataset, Input, Metrics, Output
 def validate(
     config: str,
     run: str,
+    pipeline: str,
+    slot: str,
     examples: Input[Dataset],
     quarantine: Input[Dataset],
     report: Output[Dataset],
@@ -20,4 +22,5 @@ def validate(
     from components.validate.validate import validate as verb
 
     inputs = {"examples": examples, "quarantine": quarantine}
-    execute(verb, ValidateConfig, config, run, inputs, {"report": report}, page, metrics)
+    outputs = {"report": report}
+    execute(verb, ValidateConfig, config, (run, pipeline, slot), inputs, outputs, page, metrics)

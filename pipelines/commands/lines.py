@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 
 from components.shared.errors import TuneyardError, UsageError
-from pipelines.commands.options import Json, Set, Spec, connect
+from pipelines.commands.options import Json, Set, Spec
+from pipelines.images import lock
 
 app = typer.Typer()
 
@@ -18,8 +18,11 @@ app = typer.Typer()
 def submit(
     spec: Spec,
     target: Annotated[
-        str, typer.Option(help="`local`: this machine. A cluster cannot be submitted to yet.")
-    ] = "local",
+        str | None,
+        typer.Option(
+            help="`local`: this machine; `kfp`: the cluster of TUNEYARD_KFP_ENDPOINT, if that is set."
+        ),
+    ] = None,
     set_: Set = None,
     as_json: Json = False,
 ) -> None:
@@ -28,20 +31,39 @@ def submit(
     Example: tuneyard submit sft_legal --set train.learning_rate=1e-4
     """
     from pipelines import report as reporting
-    from pipelines import submit as submitting
 
-    if target != "local":
-        todo = "leave it out; `tuneyard compile` writes what Kubeflow Pipelines takes"
-        raise UsageError(f"--target {target}: only `local` can be submitted to", todo)
-    submitting.interruptible()
     try:
-        report = submitting.run_local(spec, set_ or [])
+        report = _submitted(spec, target, set_ or [])
     except TuneyardError as error:
         if as_json:
             report = reporting.Report(run_id="", pipeline=spec)
             report.end(error.facts())
             typer.echo(report.to_json())
         raise
+    finish(report, as_json)
+
+
+def _submitted(spec: str, target: str | None, overrides: list[str]) -> Any:
+    """Submit to where the command or the environment says."""
+    from pipelines import submit as submitting
+    from pipelines.cluster import endpoint as endpoints
+
+    if target not in (None, "local", "kfp"):
+        raise UsageError(
+            f"--target {target}: there are local and kfp", "leave it out to use what is configured"
+        )
+    if target == "kfp" or (target is None and endpoints.configured()):
+        from pipelines.cluster import submitting as cluster
+
+        return cluster.run_cluster(spec, endpoints.require(), overrides)
+    submitting.interruptible()
+    return submitting.run_local(spec, overrides)
+
+
+def finish(report: Any, as_json: bool) -> NoReturn:
+    """Show how a run ended, and end as it did."""
+    from pipelines import report as reporting
+
     if as_json:
         typer.echo(report.to_json())
     else:
@@ -87,28 +109,10 @@ def _show_run(report: Any) -> None:
 def compile(
     spec: Spec,
     output: Annotated[Path | None, typer.Option(help="File to write; build/NAME.yaml when absent.")] = None,
+    images: Annotated[Path, typer.Option(help="Lock of the images.")] = lock.PATH,
     set_: Set = None,
 ) -> None:
-    """Write a pipeline as KFP IR YAML."""
+    """Write a pipeline as KFP IR YAML with its platform spec, as Kubeflow Pipelines takes it."""
     from pipelines.compile import compile_pipeline
 
-    typer.echo(compile_pipeline(spec, output, set_ or []))
-
-
-@app.command()
-def runs(
-    limit: Annotated[int, typer.Option(help="How many, newest first.")] = 20,
-    as_json: Json = False,
-) -> None:
-    """List the runs of this store."""
-    store = connect()
-    names = [name for name in store.names("runs/") if name.endswith("/run.json")]
-    # A run's id ends in its UTC time and four random digits.
-    newest = sorted(names, key=lambda name: name.split("/")[1].split("-")[-3:], reverse=True)[:limit]
-    found = [document for name in newest if (document := store.read_json(name))]
-    if as_json:
-        typer.echo(json.dumps(found, indent=1, ensure_ascii=False))
-        return
-    for run in found:
-        model = f"{run['model']['name']} v{run['model']['version']}" if run["model"] else ""
-        typer.echo(f"{run['run_id']:44} {run['status']:11} {run['seconds']:8.1f} s  {model}")
+    typer.echo(compile_pipeline(spec, output, set_ or [], images))

@@ -1,0 +1,12 @@
+"""The KFP wrapper of notify, the exit handler: it runs after the stages, however they ended."""
+
+from kfp import dsl
+
+
+@dsl.component(base_image="tuneyard/cpu:python", install_kfp_package=False)
+def notify(config: str, run: str, pipeline: str, slot: str) -> None:
+    """Tell a webhook how the run ended."""
+    from components.notify.config import NotifyConfig
+    from components.notify.notify import main
+
+    main(NotifyConfig.model_validate_json(config), run, pipeline, slot)

@@ -1,0 +1,195 @@
+"""The `hardware:` section: what a pipeline asks of a cluster. One machine only checks it."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, StringConstraints, model_validator
+
+from components.shared.settings import Settings
+
+# Names of Kubernetes objects (RFC 1123 subdomain) and keys of labels (with an optional DNS prefix).
+Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?$")]
+LabelKey = Annotated[
+    str, StringConstraints(pattern=r"^([a-z0-9.-]{1,253}/)?[A-Za-z0-9]([A-Za-z0-9_.-]{0,61}[A-Za-z0-9])?$")
+]
+LabelValue = Annotated[str, StringConstraints(pattern=r"^([A-Za-z0-9]([A-Za-z0-9_.-]{0,61}[A-Za-z0-9])?)?$")]
+EnvName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
+Stage = Literal["ingest", "validate", "split", "train", "compress", "evaluate", "register", "deploy"]
+# First folders of paths that the image, Kubernetes or Kubeflow Pipelines use in a stage's pod.
+_TAKEN = (
+    "tmp",
+    "work",
+    "s3",
+    "gcs",
+    "minio",
+    "dev",
+    "proc",
+    "sys",
+    "app",
+    "venv",
+    "kfp-launcher",
+    "var",
+    "etc",
+)
+Cloud = Literal["gke", "eks", "karpenter", "aks"]
+
+
+class Toleration(Settings):
+    """A taint that pods may ignore, as Kubernetes spells it.
+
+    Args:
+        key: of the taint; None with operator Exists tolerates every taint.
+        operator: Equal compares `value`, Exists does not.
+        value: of the taint.
+        effect: of the taint; None for every effect.
+    """
+
+    key: LabelKey | None = None
+    operator: Literal["Equal", "Exists"] = "Equal"
+    value: LabelValue | None = None
+    effect: Literal["NoSchedule", "PreferNoSchedule", "NoExecute"] | None = None
+
+    @model_validator(mode="after")
+    def _complete(self) -> Self:
+        if self.operator == "Exists" and self.value is not None:
+            raise ValueError("operator Exists takes no value: leave out one of them")
+        if self.operator == "Equal" and (self.key is None or self.value is None):
+            raise ValueError("operator Equal needs key and value; to ignore the value write operator: Exists")
+        return self
+
+
+class Volume(Settings):
+    """A persistent volume claim that is there already, mounted into the pod.
+
+    Args:
+        claim: name of the claim, in the namespace of the run.
+        path: where it is mounted; below nothing that Tuneyard itself mounts.
+        sub_path: folder of the volume to mount instead of its root.
+    """
+
+    claim: Name
+    path: str = Field(pattern=r"^(/[^/]+)+$")
+    sub_path: str = ""
+
+    @model_validator(mode="after")
+    def _out_of_the_way(self) -> Self:
+        taken = self.path.split("/")[1]
+        if taken in _TAKEN:
+            raise ValueError(
+                f"path {self.path}: /{taken} is used by the pod itself; mount it elsewhere, as /data"
+            )
+        return self
+
+
+class StageHardware(Settings):
+    """What a stage's pod asks for; None: what the pipeline says for every stage, else the stage's default.
+
+    Args:
+        cpus: processor cores requested.
+        memory_gib: requested, and the pod's limit: more ends it.
+        gpus: whole GPUs of the pod. Of train it is `gpus_per_node`.
+        gpu_product: label value of the node (`nvidia.com/gpu.product`, from NVIDIA's feature discovery).
+        gpu_resource: extended resource that counts the GPUs; a MIG slice or another maker's has its own.
+        shared_memory_gib: size of /dev/shm, which DataLoader workers and NCCL use; counts as memory.
+        scratch_gib: size limit of /work, where inputs, outputs and checkpoints are laid.
+        scratch_class: storage class of /work; None: the node's own disk (emptyDir).
+        node_selector: labels that a node must have.
+        tolerations: taints that are ignored, besides those of GPU nodes and of `spot`.
+        spot: run on this provider's spot (pre-emptible) nodes; a stage goes on from its last checkpoint.
+        retries: attempts after a failed one. A stage that stopped the line stops again at once.
+        retry_seconds: before the first retry; each further one waits twice as long.
+        timeout_hours: for one attempt.
+        queue: Kueue LocalQueue that admits the pod.
+        priority: Kueue WorkloadPriorityClass of the pod.
+        secrets: Secret -> its key -> environment variable; named here, never written.
+        volumes: claims to mount.
+        image_pull_secrets: Secrets with the registry's credentials.
+    """
+
+    cpus: float | None = Field(None, gt=0, le=1024)
+    memory_gib: float | None = Field(None, gt=0, le=65536)
+    gpus: int | None = Field(None, ge=0, le=64)
+    gpu_product: LabelValue | None = None
+    gpu_resource: LabelKey | None = None
+    shared_memory_gib: float | None = Field(None, gt=0, le=4096)
+    scratch_gib: float | None = Field(None, gt=0, le=65536)
+    scratch_class: Name | None = None
+    node_selector: dict[LabelKey, LabelValue] | None = None
+    tolerations: tuple[Toleration, ...] | None = None
+    spot: Cloud | None = None
+    retries: int | None = Field(None, ge=0, le=100)
+    retry_seconds: int | None = Field(None, ge=1, le=3600)
+    timeout_hours: float | None = Field(None, gt=0, le=2000)
+    queue: Name | None = None
+    priority: Name | None = None
+    secrets: dict[Name, dict[str, EnvName]] | None = None
+    volumes: tuple[Volume, ...] | None = None
+    image_pull_secrets: tuple[Name, ...] | None = None
+
+
+class HardwareConfig(StageHardware):
+    """The `hardware:` section: for every stage, and in `stages` what one of them has otherwise.
+
+    Args:
+        nodes: of the training job. More than one: a Kubeflow TrainJob instead of training in the pod.
+        gpus_per_node: of the training job; 0 trains on processors.
+        stages: stage -> what differs there.
+        keep_days: how long Kubernetes keeps the finished workflow and its pods; the run's record stays.
+        run_hours: after which the whole run is ended.
+        service_account: under which all pods of a run are started (Kubeflow Pipelines has one for a run).
+    """
+
+    nodes: int = Field(1, ge=1, le=1024)
+    gpus_per_node: int = Field(0, ge=0, le=64)
+    stages: dict[Stage, StageHardware] = Field(default_factory=dict)
+    keep_days: float = Field(7, ge=0, le=3650)
+    run_hours: float = Field(240, gt=0, le=8760)
+    service_account: Name = "tuneyard-runner"
+
+    @model_validator(mode="after")
+    def _one_place_for_each(self) -> Self:
+        faults = []
+        if self.gpus is not None:
+            faults.append("gpus would give every stage GPUs: write gpus_per_node, or stages.<stage>.gpus")
+        if "train" in self.stages and self.stages["train"].gpus is not None:
+            faults.append("stages.train.gpus: write gpus_per_node")
+        if self.nodes > 1 and not self.gpus_per_node:
+            faults.append(f"nodes is {self.nodes} and gpus_per_node 0: say how many GPUs each node has")
+        if faults:
+            raise ValueError("; ".join(faults))
+        return self
+
+    def of(self, stage: str) -> StageHardware:
+        """What one stage asks for: its own, else what every stage has, else its default."""
+        own = next((own for name, own in self.stages.items() if name == stage), StageHardware())
+        shared = self.model_dump(exclude_none=True, include=set(StageHardware.model_fields) - {"gpus"})
+        gpus = self.gpus_per_node if stage == "train" else own.gpus or 0
+        needs = _GPU if gpus else _CPU
+        asked = {**needs.get(stage, _SMALL), **shared, **own.model_dump(exclude_none=True), "gpus": gpus}
+        if asked.get("spot") and own.retries is None and self.retries is None:
+            asked["retries"] = _SPOT_RETRIES
+        return StageHardware.model_validate(_DEFAULTS | asked)
+
+
+# What the sample pipelines were seen to use, with room (docs/figures.md): peak resident memory of train was
+# 7.7 GiB with a 270M model. A GPU pod needs the host memory to read the weights before they move.
+_SMALL: dict[str, float] = {"cpus": 1, "memory_gib": 3}
+_CPU: dict[str, dict[str, float]] = {
+    "train": {"cpus": 2, "memory_gib": 10, "scratch_gib": 50, "timeout_hours": 72},
+    "compress": {"cpus": 2, "memory_gib": 8, "scratch_gib": 50},
+    "evaluate": {"cpus": 2, "memory_gib": 8, "scratch_gib": 50},
+}
+_GPU: dict[str, dict[str, float]] = {
+    stage: {"cpus": 8, "memory_gib": 64, "scratch_gib": 200, "shared_memory_gib": 8, "timeout_hours": 72}
+    for stage in ("train", "compress", "evaluate")
+}
+# Spot nodes live for hours, a training may take days; a retry costs what was done since the last checkpoint.
+_SPOT_RETRIES = 20
+_DEFAULTS = {
+    "gpu_resource": "nvidia.com/gpu",
+    "scratch_gib": 20,
+    "retries": 2,
+    "retry_seconds": 30,
+    "timeout_hours": 24,
+}
