@@ -16,7 +16,8 @@ _KFP = ("[KFP Executor", "Task ", "Cleaned up workspace")
 _INDENT = re.compile(r"^( {4}){1,2}")
 _NOISE = re.compile(
     # The launcher of Kubeflow Pipelines logs through glog and Argo's through logrus.
-    r"^(\s*$|-+$|[IWEF]\d{4} |time=\"|Loading weights|Writing model shards|.*(FutureWarning|UserWarning|warnings\.warn))"
+    r"^(\s*$|-+$|[IWEF]\d{4} |time=\"|Loading weights|Writing model shards|"
+    r".*(FutureWarning|UserWarning|warnings\.warn))"
 )
 _QUIET_SECONDS = 10.0
 

@@ -53,12 +53,16 @@ def code_digest(image: str) -> str:
     )
 
 
-def read(path: Path = PATH) -> dict[str, Image]:
+def read(path: Path | None = None) -> dict[str, Image]:
     """The locked images.
+
+    Args:
+        path: of the lock; None: docker/images.json.
 
     Raises:
         UsageError: there is no such file, or it has faults; lists them all.
     """
+    path = path or PATH
     if not path.is_file():
         raise UsageError(f"{path}: no images are locked, so no pod can be told what to run", _REMAKE)
     try:
