@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-
 import pytest
 import yaml
 from hypothesis import given
@@ -227,29 +224,3 @@ def test_test_reaches_evaluate_alone():
     spec = load("sft_legal")
     readers = [s for s in spec.stages() if ("split", "test") in inputs_of(s, spec).values()]
     assert readers == ["evaluate"]
-
-
-@pytest.mark.parametrize("name", [path.stem for path in sorted(FOLDER.glob("*.yaml"))])
-def test_compile_writes_valid_ir_without_heavy_imports(tmp_path, name):
-    program = (
-        "import sys\nfrom pipelines.cli import main\n"
-        "sys.argv = ['tuneyard', 'compile', sys.argv[1], '--output', sys.argv[2]]\n"
-        "try:\n    main()\nfinally:\n"
-        "    heavy = set(sys.modules) & {'torch', 'transformers', 'mlflow', 'great_expectations'}\n"
-        "    assert not heavy, heavy\n"
-    )
-    output = tmp_path / "ir.yaml"
-    done = subprocess.run(
-        [sys.executable, "-c", program, name, str(output)], capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    from google.protobuf import json_format
-    from kfp.pipeline_spec import pipeline_spec_pb2
-
-    message = json_format.ParseDict(
-        next(yaml.safe_load_all(output.read_text())), pipeline_spec_pb2.PipelineSpec()
-    )
-    assert set(message.root.dag.tasks) == set(load(name).stages())
-    again = tmp_path / "again.yaml"
-    subprocess.run([sys.executable, "-c", program, name, str(again)], capture_output=True, check=True)
-    assert output.read_bytes() == again.read_bytes()
