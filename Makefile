@@ -3,13 +3,13 @@
 # or a data check stopped the line) call .venv/bin/tuneyard, which these targets only wrap.
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lock submit compile up down status ui runs ask promote rollback test test-unit lint bench clean
+.PHONY: help setup lock submit compile schedule unschedule up down status ui runs ask promote rollback test test-unit lint bench clean
 MAKEFLAGS += --no-print-directory
 
 BIN := .venv/bin
 # Values given on make's command line reach the commands through the environment, so that quotes and spaces
 # in them mean nothing to make or the shell. What a shell happens to export under these names is not meant.
-$(foreach name,EXTRA PIPELINE SET TARGET JSON MODEL VERSION Q,\
+$(foreach name,EXTRA PIPELINE SET TARGET JSON CRON RUN MODEL VERSION Q,\
   $(if $(filter command,$(firstword $(origin $(name)))),,$(eval unexport $(name))))
 
 need-%:
@@ -21,12 +21,18 @@ help:  ## list the targets
 setup:  ## make .venv from the lock; EXTRA=gpu for CUDA, PYTHON=... for another Python
 	@sh requirements/setup.sh $${EXTRA:+--extra "$$EXTRA"}
 
-submit: need-PIPELINE setup  ## run a pipeline: PIPELINE=sft_legal [SET="train.max_steps=20 ..."] [JSON=1]
+submit: need-PIPELINE setup  ## run a pipeline: PIPELINE=sft_legal [SET="train.max_steps=20 ..."] [JSON=1] [TARGET=kfp]
 	@set -f; set --; for change in $$SET; do set -- "$$@" --set "$$change"; done; \
 	exec $(BIN)/tuneyard submit "$$PIPELINE" $${TARGET:+--target "$$TARGET"} $${JSON:+--json} "$$@"
 
 compile: setup  ## write the KFP IR of PIPELINE=..., or of every file in pipelines/
 	@for spec in $${PIPELINE:-pipelines/*.yaml}; do $(BIN)/tuneyard compile "$$spec" || exit; done
+
+schedule: setup  ## make a cluster's schedules those of the files; or PIPELINE=sft_legal [CRON="0 3 1 * *"]
+	@exec $(BIN)/tuneyard schedule $${PIPELINE:+"$$PIPELINE"} $${CRON:+--cron "$$CRON"} $${JSON:+--json}
+
+unschedule: need-PIPELINE setup  ## stop a cluster from starting PIPELINE=... by itself
+	@exec $(BIN)/tuneyard unschedule "$$PIPELINE"
 
 up: setup  ## start the embedded platform: S3, model server
 	@exec $(BIN)/tuneyard up
@@ -40,8 +46,8 @@ status: setup  ## show what runs, and where
 ui: setup  ## serve MLflow's page of runs and models
 	@exec $(BIN)/tuneyard ui
 
-runs: setup  ## list the runs
-	@exec $(BIN)/tuneyard runs
+runs: setup  ## list the runs, or watch one of the cluster: RUN=<id>
+	@exec $(BIN)/tuneyard runs $${RUN:+attach "$$RUN"}
 
 ask: need-MODEL need-Q setup  ## ask the served model: MODEL=sft_legal Q="..."
 	@exec $(BIN)/tuneyard ask "$$MODEL" "$$Q"

@@ -78,7 +78,7 @@ def gather(
                 record = store.read_json(f"runs/{report.run_id}/{stage}.json")
             if record and record["status"] == "running":
                 record = _cut_off(stage, report)
-            elif record and record["status"] in ("done", "stopped"):
+            elif record and "key" in record:
                 commit = store.read_json(commit_name(stage, record["key"]))
             row = _row(stage, commit, record)
             if row["status"] == "not run" and (why := why_needless(stage, before)):
@@ -133,7 +133,7 @@ def _row(stage: str, commit: Mapping[str, Any] | None, record: Mapping[str, Any]
 def _fault(
     stage: str, commit: Mapping[str, Any] | None, record: Mapping[str, Any] | None
 ) -> dict[str, Any] | None:
-    if record and record["status"] in ("failed", "interrupted"):
+    if record and "error" in record:
         return record["error"] | {"stage": stage}
     if commit and commit["stop"]:
         why = {"what": commit["stop"], "todo": commit["stop_todo"], "exit_code": EXIT_STOPPED}

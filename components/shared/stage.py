@@ -25,7 +25,7 @@ from components.shared.commit import (
     stage_key,
     write_commit,
 )
-from components.shared.errors import EXIT_FAILED, StoreError, TuneyardError
+from components.shared.errors import EXIT_FAILED, StageStopped, StoreError, TuneyardError
 from components.shared.manifest import Manifest
 from components.shared.placing import disk_full
 from components.shared.settings import Settings
@@ -147,6 +147,8 @@ def _record_failure(error: BaseException, store: Store, run: str, stage: str, se
     if isinstance(error, TuneyardError):
         facts = error.facts()
     status = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
+    if isinstance(error, StageStopped):
+        status = "stopped"
     try:
         record(store.impatient(), run, stage, status=status, error=facts, seconds=seconds)
     except StoreError as unheard:

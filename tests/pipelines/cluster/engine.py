@@ -18,6 +18,7 @@ import subprocess
 import sys
 import threading
 import uuid
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,8 @@ class Cluster:
     config_maps: dict[str, dict[str, str]] = field(default_factory=dict)
     secrets: dict[str, dict[str, str]] = field(default_factory=dict)
     cache: dict[tuple[str, str], dict[str, Any]] = field(default_factory=dict)
+    # Instead of the container's command: (stage, its parameters, its log) -> exit code.
+    instead: Callable[[str, dict, Path], int] | None = None
 
 
 class Run(threading.Thread):
@@ -84,6 +87,9 @@ class Run(threading.Thread):
         except TaskFailed as error:
             self.error = str(error)
             self.state = "CANCELED" if self.stopping.is_set() else "FAILED"
+        except Exception as error:  # of this runner; a test must not wait for it
+            self.error, self.state = repr(error), "FAILED"
+            raise
 
     def _dag(self, dag: dict, parameters: dict, artifacts: dict) -> None:
         """Run the tasks of a graph in the order of their dependencies; exit tasks last, in any case."""
@@ -158,7 +164,7 @@ class Run(threading.Thread):
         attempts = 1 + int(task.get("retryPolicy", {}).get("maxRetryCount", 0))
         shown.state = "RUNNING"
         for attempt in range(attempts):
-            pod = f"run-{self.run_id[:8]}-{shown.name}-{attempt}"
+            pod = f"run-{self.run_id[:8]}-{shown.name}-{attempt}-{uuid.uuid4().hex[:5]}"
             folder = self.cluster.folder / "pods" / pod
             folder.mkdir(parents=True)
             shown.pods.append(pod)
@@ -226,6 +232,15 @@ class Run(threading.Thread):
                 "outputFile": str(folder / "executor_output.json"),
             },
         }
+        if self.cluster.instead:
+            for output in parameters.values():
+                Path(output["outputFile"]).write_text("true")
+            stage = container["args"][-1]
+            return (
+                None
+                if self.cluster.instead(stage, values, log)
+                else {"artifacts": made, "parameters": dict.fromkeys(parameters, "true")}
+            )
         command = [*container["command"], *container.get("args", [])]
         command = [part.replace("{{$}}", json.dumps(executor_input)) for part in command]
         with log.open("w") as stream:

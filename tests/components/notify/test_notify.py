@@ -1,0 +1,105 @@
+"""What is said of each end of a run, to whom, and what happens when nobody takes it."""
+
+from __future__ import annotations
+
+import json
+import logging
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
+
+import pytest
+
+from components.notify import notify
+from components.notify.config import NotifyConfig
+from components.shared.errors import TuneyardError
+
+DONE = {"status": "done", "cached": False, "seconds": 2.0, "key": "k"}
+
+
+def ending(store, slot="", **records):
+    for stage, record in records.items():
+        store.write_json(f"runs/run-1/{stage}.json", {"stage": stage} | record)
+    return notify.ending("run-1", "sft_legal", slot, store)
+
+
+def test_a_failure_is_told_with_its_stage_its_reason_and_what_to_do(store):
+    error = {"what": "no row is left", "todo": "look at quarantine", "exit_code": 1}
+    ended = ending(store, ingest=DONE, validate={"status": "failed", "error": error})
+    assert ended.event == "failed"
+    assert all(part in ended.text for part in ("sft_legal", "run-1", "at validate", "no row", "quarantine"))
+
+
+def test_a_stage_that_was_killed_is_the_one_that_never_went_beyond_running(store):
+    ended = ending(store, ingest=DONE, train={"status": "running"})
+    assert ended.event == "failed" and "at train" in ended.text and "killed" in ended.text
+
+
+def test_a_gate_is_told_from_a_failure(store):
+    error = {"what": "rouge_l 0.1 is under 0.2", "todo": "", "exit_code": 3}
+    ended = ending(store, ingest=DONE, evaluate={"status": "stopped", "error": error})
+    assert ended.event == "stopped" and "rouge_l 0.1 is under 0.2" in ended.text
+
+
+def test_a_run_without_any_record_never_got_a_pod(store):
+    assert ending(store).event == "failed" and "its image" in ending(store).text
+
+
+@pytest.mark.parametrize(
+    ("slot", "cached", "event"),
+    [("20261201030000", True, "no-version"), ("20261201030000", False, "done"), ("", True, "done")],
+)
+def test_only_a_scheduled_run_that_registered_nothing_is_a_silence_to_tell(store, slot, cached, event):
+    assert ending(store, slot, ingest=DONE, register=DONE | {"cached": cached}).event == event
+
+
+@pytest.fixture
+def hook(monkeypatch):
+    """A webhook: the status codes it will answer with, and what it was sent."""
+    codes, sent = [], []
+
+    class Hook(BaseHTTPRequestHandler):
+        def do_POST(self):
+            sent.append(json.loads(self.rfile.read(int(self.headers["content-length"]))))
+            self.send_response(codes.pop(0) if codes else 200)
+            self.end_headers()
+
+        def log_message(self, *_):
+            pass
+
+    server = HTTPServer(("127.0.0.1", 0), Hook)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setenv(notify.URL_VARIABLE, f"http://127.0.0.1:{server.server_port}/services/T0/secret")
+    monkeypatch.setattr(notify.time, "sleep", lambda _: None)
+    yield codes, sent
+    server.shutdown()
+
+
+def test_it_posts_what_slack_takes_and_only_the_ends_that_were_asked_for(store, hook):
+    _, sent = hook
+    ending(store, ingest=DONE)
+    assert notify.tell(NotifyConfig(on=("done",)), "run-1", "sft_legal", "", store) is True
+    assert [list(each) for each in sent] == [["text"]] and "run-1" in sent[0]["text"]
+    assert notify.tell(NotifyConfig(), "run-1", "sft_legal", "", store) is False and len(sent) == 1
+
+
+def test_a_webhook_that_is_busy_is_tried_again_and_one_that_refuses_is_named_by_its_host_alone(store, hook):
+    codes, sent = hook
+    ending(store, ingest={"status": "running"})
+    codes[:] = [503, 429]
+    assert notify.tell(NotifyConfig(), "run-1", "sft_legal", "", store) is True and len(sent) == 3
+    codes[:] = [404]
+    with pytest.raises(TuneyardError) as refused:
+        notify.tell(NotifyConfig(), "run-1", "sft_legal", "", store)
+    assert "127.0.0.1" in str(refused.value) and "404" in str(refused.value)
+    assert "secret" not in str(refused.value).replace("Secret tuneyard-notify", "") and len(sent) == 4
+
+
+def test_a_good_run_stays_good_when_nobody_can_be_told(store, hook, caplog, monkeypatch):
+    codes, _ = hook
+    codes[:] = [404]
+    ending(store, ingest={"status": "running"})
+    notify.main(NotifyConfig(), "run-1", "sft_legal", "")
+    monkeypatch.delenv(notify.URL_VARIABLE)
+    with caplog.at_level(logging.WARNING, "tuneyard.notify"):
+        assert notify.tell(NotifyConfig(), "run-1", "sft_legal", "", store) is False
+    assert any(notify.URL_VARIABLE in record.getMessage() for record in caplog.records)
