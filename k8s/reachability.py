@@ -1,7 +1,8 @@
 """Who can reach whom, computed from NetworkPolicies as Kubernetes documents them ("Network Policies").
 
-Policies add up. A pod that no policy of a direction selects is open in that direction; else a connection needs
-one rule of one such policy, at both of its ends. What is outside the cluster is an address and obeys no policy.
+Policies add up. A pod that no policy of a direction selects is open in that direction; else a connection
+needs one rule of one such policy, at both of its ends. What is outside the cluster is an address and obeys
+no policy.
 """
 
 from __future__ import annotations
@@ -64,7 +65,9 @@ def selects(selector: Object, labels: Mapping[str, str]) -> bool:
     return True
 
 
-def ends(policy: Object, subjects: Iterable[Endpoint], peers: Iterable[Endpoint], ports: Iterable[Port]) -> Ends:
+def ends(
+    policy: Object, subjects: Iterable[Endpoint], peers: Iterable[Endpoint], ports: Iterable[Port]
+) -> Ends:
     """What one policy says of the pods that it selects; those it does not select are not in the answer."""
     spec, held, numbers = policy["spec"], list(peers), list(ports)
     bound = [
@@ -134,7 +137,7 @@ def _peer_matches(policy: Object, peers: list[Object] | None, peer: Endpoint) ->
 
 def _one_peer_matches(policy: Object, rule: Object, peer: Endpoint) -> bool:
     if "ipBlock" in rule:
-        # Network plugins differ on whether a block covers pods; the answer that lets more through is the safe one.
+        # Network plugins differ on whether a block covers pods; the safe answer is the one that lets more in.
         address = ipaddress.ip_address(peer.address)
         block = rule["ipBlock"]
         return address in ipaddress.ip_network(block["cidr"]) and not any(

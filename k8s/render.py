@@ -1,7 +1,8 @@
-"""`python -m k8s.render prod`: the manifests of an overlay, our images by digest as docker/images.json locks them.
+"""`python -m k8s.render prod`: the manifests of an overlay, our images by the digests of docker/images.json.
 
-In git the images are called tuneyard/cpu, tuneyard/gpu and tuneyard/serving, which is nobody's repository: what
-`kubectl apply -k` would start without this step cannot be pulled, instead of being whatever a tag points to.
+In git the images are called tuneyard/cpu, tuneyard/gpu and tuneyard/serving, which is nobody's repository:
+what `kubectl apply -k` would start without this step cannot be pulled, instead of being whatever a tag
+points to.
 """
 
 from __future__ import annotations

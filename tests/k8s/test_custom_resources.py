@@ -1,8 +1,8 @@
 """Objects of kinds that Kubernetes does not know, against the schemas of those who brought them.
 
-TrainingRuntime against the classes of the Kubeflow SDK. The others against CustomResourceDefinitions, which are
-not ours to copy: `kubectl get customresourcedefinitions -o yaml > crds.yaml` on a cluster with all of them, then
-TUNEYARD_CRDS=crds.yaml.
+TrainingRuntime against the classes of the Kubeflow SDK. The others against CustomResourceDefinitions, which
+are not ours to copy: `kubectl get customresourcedefinitions -o yaml > crds.yaml` on a cluster with all of
+them, then TUNEYARD_CRDS=crds.yaml.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ def closed(schema: Any) -> Any:
     done = {key: closed(value) for key, value in schema.items()}
     if schema.get("x-kubernetes-int-or-string"):
         done.pop("type", None)
-    if isinstance(schema.get("properties"), dict) and schema.get("type") == "object":
-        if not schema.get("x-kubernetes-preserve-unknown-fields"):
-            done.setdefault("additionalProperties", False)
+    described = isinstance(schema.get("properties"), dict) and schema.get("type") == "object"
+    if described and not schema.get("x-kubernetes-preserve-unknown-fields"):
+        done.setdefault("additionalProperties", False)
     return done
 
 

@@ -83,7 +83,9 @@ RIGHTS = {
 
 
 def test_rights_are_those_listed_here(objects) -> None:
-    assert [i["metadata"]["name"] for i in objects if i["kind"].startswith("Cluster") and "Role" in i["kind"]] == []
+    assert [
+        i["metadata"]["name"] for i in objects if i["kind"].startswith("Cluster") and "Role" in i["kind"]
+    ] == []
     roles = {item["metadata"]["name"]: item for item in objects if item["kind"] == "Role"}
     given: dict[str, set] = {}
     for binding in (item for item in objects if item["kind"] == "RoleBinding"):
@@ -198,7 +200,9 @@ def test_the_platform_names_services_that_are_there(objects, overlay) -> None:
 def test_mlflow_may_be_asked_by_every_name_that_is_used(objects) -> None:
     platform = next(item for item in objects if item["metadata"]["name"] == "tuneyard-platform")["data"]
     container = one(objects, "Deployment", "tuneyard-mlflow")["spec"]["template"]["spec"]["containers"][0]
-    hosts = next(e["value"] for e in container["env"] if e["name"] == "MLFLOW_SERVER_ALLOWED_HOSTS").split(",")
+    hosts = next(e["value"] for e in container["env"] if e["name"] == "MLFLOW_SERVER_ALLOWED_HOSTS").split(
+        ","
+    )
     job = one(objects, "Job", "tuneyard-mlflow-user")["spec"]["template"]["spec"]["containers"][0]
     for url in (platform["MLFLOW_TRACKING_URI"], job["env"][0]["value"]):
         assert url.removeprefix("http://") in hosts
@@ -229,8 +233,13 @@ def test_probes_ask_routes_that_the_server_has(objects) -> None:
     asked = {probe: container[probe]["httpGet"]["path"] for probe in container if probe.endswith("Probe")}
     assert asked == {"startupProbe": "/healthz", "readinessProbe": "/readyz", "livenessProbe": "/healthz"}
     # Nothing is in service here: the server lives, and is not ready.
-    assert {path: client.get(path).status_code for path in asked.values()} == {"/healthz": 200, "/readyz": 503}
-    assert container["ports"][0]["containerPort"] == int(container["args"][container["args"].index("--port") + 1])
+    assert {path: client.get(path).status_code for path in asked.values()} == {
+        "/healthz": 200,
+        "/readyz": 503,
+    }
+    assert container["ports"][0]["containerPort"] == int(
+        container["args"][container["args"].index("--port") + 1]
+    )
 
 
 def test_the_first_deployment_reaches_a_server_that_is_not_ready(objects) -> None:

@@ -1,4 +1,4 @@
-"""Alerts fire when they should and not otherwise; rules and dashboard ask for metrics that somebody exports."""
+"""Alerts fire when they should and not otherwise; rules and dashboard ask for metrics that exist."""
 
 from __future__ import annotations
 
@@ -54,7 +54,9 @@ def test_each_alert_is_tried_both_ways(prod) -> None:
     tried = [case for test in cases for case in test.get("alert_rule_test", [])]
     firing = {case["alertname"] for case in tried if case.get("exp_alerts")}
     silent = {case["alertname"] for case in tried if not case.get("exp_alerts")}
-    alerts = {rule["alert"] for group in rules_of(prod)["groups"] for rule in group["rules"] if "alert" in rule}
+    alerts = {
+        rule["alert"] for group in rules_of(prod)["groups"] for rule in group["rules"] if "alert" in rule
+    }
     assert len(alerts) >= 9
     assert firing == alerts
     assert silent == alerts

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 import yaml
-from tests.k8s.manifests import one, pods_of
 
 from k8s.reachability import Endpoint, Ends, Port, allowed, ends, selects, together
+from tests.k8s.manifests import one, pods_of
 
 MATRIX = yaml.safe_load((Path(__file__).resolve().parents[2] / "k8s" / "network-matrix.yaml").read_text())
 # Ports that nothing declared, beside those of the matrix.
@@ -81,9 +81,7 @@ class Network:
     def ports(self, listed: list) -> set[Port]:
         if listed == ["any"]:
             return set(self.all_ports())
-        return {
-            Port(int(str(p).split("/")[0]), "UDP" if str(p).endswith("/UDP") else "TCP") for p in listed
-        }
+        return {Port(int(str(p).split("/")[0]), "UDP" if str(p).endswith("/UDP") else "TCP") for p in listed}
 
     def all_ports(self) -> set[Port]:
         named = {
@@ -202,9 +200,7 @@ def test_a_service_finds_the_pods_it_is_meant_for(objects) -> None:
     assert len(services) >= 3
     for service in services:
         found = [
-            name
-            for name, own in labels.items()
-            if selects({"matchLabels": service["spec"]["selector"]}, own)
+            name for name, own in labels.items() if selects({"matchLabels": service["spec"]["selector"]}, own)
         ]
         assert len(found) == 1, f"{service['metadata']['name']}: {found}"
 
@@ -245,7 +241,9 @@ def test_policies_are_read_as_kubernetes_reads_them() -> None:
     assert not allowed([deny, named], a, b, Port(81))
     assert not allowed([deny, named], a, b, Port(80, "UDP"))
     block = {"ipBlock": {"cidr": "0.0.0.0/0", "except": ["10.0.0.0/8"]}}
-    out = policy("n", policyTypes=["Egress"], egress=[{"to": [block], "ports": [{"port": 80, "endPort": 90}]}])
+    out = policy(
+        "n", policyTypes=["Egress"], egress=[{"to": [block], "ports": [{"port": 80, "endPort": 90}]}]
+    )
     assert allowed([out], a, web, Port(85))
     assert not allowed([out], a, web, Port(91))
     assert not allowed([out], a, b, Port(85))

@@ -5,9 +5,9 @@ from __future__ import annotations
 import copy
 
 import pytest
-from tests.k8s.manifests import one, pods_of
 
 from k8s import pod_security
+from tests.k8s.manifests import one, pods_of
 
 
 def test_every_pod_of_every_overlay_passes(objects) -> None:
@@ -92,7 +92,9 @@ VIOLATIONS = {
     "an init container forgotten": init_container,
     "a second container forgotten": lambda spec: spec["containers"].append({"name": "side", "image": "x"}),
     "a debugging container": lambda spec: spec.update(ephemeralContainers=[{"name": "debug", "image": "x"}]),
-    "a probe of another host": lambda spec: container(spec)["livenessProbe"]["httpGet"].update(host="10.0.0.1"),
+    "a probe of another host": lambda spec: container(spec)["livenessProbe"]["httpGet"].update(
+        host="10.0.0.1"
+    ),
     "a hook to another host": lambda spec: container(spec).update(
         lifecycle={"postStart": {"httpGet": {"host": "10.0.0.1", "port": 80}}}
     ),

@@ -22,7 +22,9 @@ def main() -> int:
                 sys.stdout.write(f"made {bucket}\n")
     except (BotoCoreError, ClientError) as error:
         where = os.environ.get("AWS_ENDPOINT_URL_S3", "AWS")
-        sys.stderr.write(f"buckets cannot be made at {where}: {error}; is the store up, its key tuneyard-s3's?\n")
+        sys.stderr.write(
+            f"buckets cannot be made at {where}: {error}; is the store up, its key tuneyard-s3's?\n"
+        )
         return 1
     return 0
 
