@@ -1,0 +1,78 @@
+"""The instructions name what is there."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import yaml
+
+from k8s import render
+from tests.k8s.test_manifests import SECRETS
+
+K8S = Path(__file__).resolve().parents[2] / "k8s"
+README = (K8S / "README.md").read_text()
+BLOCKS = re.findall(r"```sh\n(.*?)```", README, re.DOTALL)
+
+
+def test_paths_and_overlays_are_there() -> None:
+    paths = set(re.findall(r"`((?:base|components|overlays|cluster|common|argo)/[\w./-]*)`", README))
+    assert len(paths) >= 8
+    roots = (K8S, K8S / "overlays" / "prod")
+    assert [path for path in paths if not any((root / path).exists() for root in roots)] == []
+    assert {f"overlays/{name}" for name in render.overlays()} <= paths
+
+
+def test_the_commands_make_the_secrets_that_the_manifests_name(tmp_path) -> None:
+    """The block is run as it stands, against a kubectl that writes down what it is asked."""
+    if shutil.which("openssl") is None:
+        pytest.skip("openssl is not on the PATH, and the block makes passwords with it")
+    (block,) = [block for block in BLOCKS if "tuneyard-object-store" in block]
+    asked = tmp_path / "asked"
+    for name, body in {
+        # Of what comes through a pipe, only s3.json matters.
+        "kubectl": 'printf "%s\\n" "$*" >> "$ASKED"; case "$*" in *s3.json*) cat > "$ASKED.s3";; esac',
+        "python": ":",
+    }.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{body}\n")
+        (tmp_path / name).chmod(0o755)
+    path = f"{tmp_path}:{Path(shutil.which('openssl')).parent}:/usr/bin:/bin"
+    environment = {"PATH": path, "ASKED": str(asked)}
+    subprocess.run(["bash", "-euc", block], cwd=tmp_path, env=environment, check=True, timeout=60)
+    made: dict[tuple[str, str], dict[str, str]] = {}
+    for space, name, rest in re.findall(r"-n (\w+) create secret generic (\S+)(.*)", asked.read_text()):
+        made[space, name] = dict(re.findall(r"--from-literal=(\w+)=(\S+)", rest))
+    keys = {name: {key: "" for key in keys} for name, keys in SECRETS.items() if name != "tuneyard-notify"}
+    for space in ("kubeflow", "tuneyard"):
+        for name in keys:
+            if (space, name) != ("kubeflow", "tuneyard-mlflow-server"):
+                assert set(made[space, name]) == set(keys[name]), (space, name)
+                # A URI of PostgreSQL and a form of MLflow take these as they are.
+                assert all(re.fullmatch(r"[a-z0-9]+", value) for value in made[space, name].values())
+    identity = yaml.safe_load(Path(f"{asked}.s3").read_text())["identities"][0]["credentials"][0]
+    s3 = made["kubeflow", "tuneyard-s3"]
+    assert identity == {"accessKey": s3["AWS_ACCESS_KEY_ID"], "secretKey": s3["AWS_SECRET_ACCESS_KEY"]}
+    assert made["tuneyard", "tuneyard-s3"] == s3
+
+
+def test_the_canary_is_moved_where_the_route_has_its_weights(prod, tmp_path) -> None:
+    (block,) = [block for block in BLOCKS if "patch httproute" in block]
+    (tmp_path / "kubectl").write_text('#!/bin/sh\nfor last; do :; done; echo "$last" >> "$ASKED"\n')
+    (tmp_path / "kubectl").chmod(0o755)
+    environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "ASKED": str(tmp_path / "asked")}
+    subprocess.run(["bash", "-euc", block], env=environment, check=True, timeout=60)
+    patch = (tmp_path / "asked").read_text().split("deployment/")[0]
+    from tests.k8s.manifests import one
+
+    references = one(prod, "HTTPRoute", "tuneyard")["spec"]["rules"][0]["backendRefs"]
+    for change in yaml.safe_load(patch):
+        index = re.fullmatch(r"/spec/rules/0/backendRefs/(\d)/weight", change["path"])
+        assert index is not None
+        references[int(index[1])]["weight"] = change["value"]
+    assert {r["name"]: r["weight"] for r in references} == {
+        "tuneyard-serving": 90,
+        "tuneyard-serving-canary": 10,
+    }
