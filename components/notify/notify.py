@@ -89,6 +89,8 @@ def _post(url: str, text: str) -> None:
     """POST `{"text": ...}`, which Slack, Mattermost, Rocket.Chat and Google Chat take."""
     import httpx
 
+    # It logs each request with its whole address.
+    logging.getLogger("httpx").setLevel(logging.WARNING)
     fault = ""
     for attempt in range(_TRIES):
         time.sleep(0.0 if attempt == 0 else 2.0**attempt)

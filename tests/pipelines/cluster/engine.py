@@ -223,7 +223,7 @@ class Run(threading.Thread):
             if self._process.wait():
                 return None
         said = Path(given["outputs"]["outputFile"])
-        written = json.loads(said.read_text())["artifacts"] if said.exists() else {}
+        written = json.loads(said.read_text()).get("artifacts", {}) if said.exists() else {}
         for name, each in written.items():
             made[name]["metadata"] = each["artifacts"][0].get("metadata", {})
         read = {name: Path(place["outputFile"]).read_text() for name, place in parameters.items()}
