@@ -3,7 +3,7 @@
 # or a data check stopped the line) call .venv/bin/tuneyard, which these targets only wrap.
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lock submit compile schedule unschedule up down status ui runs ask promote rollback test test-unit lint bench clean
+.PHONY: help setup lock submit compile schedule unschedule up down status ui runs ask promote rollback test test-unit test-cluster lint bench clean
 MAKEFLAGS += --no-print-directory
 
 BIN := .venv/bin
@@ -63,6 +63,9 @@ test: setup  ## run all tests
 
 test-unit: setup  ## run all tests but the end-to-end runs on real models
 	@exec $(BIN)/python -m pytest -m "not e2e"
+
+test-cluster: setup  ## drive a real cluster, the one of TUNEYARD_KFP_ENDPOINT (docs/kubernetes.md)
+	@exec $(BIN)/python -m pytest tests/cluster -rs
 
 lint: setup  ## ruff, mypy and the import contracts
 	$(BIN)/ruff check

@@ -17,7 +17,7 @@ from pipelines.cli import app
 from pipelines.embedded.preflight import DISK_GIB, MEMORY_GIB
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = [ROOT / "README.md", ROOT / "docs" / "guide.md"]
+PAGES = [ROOT / "README.md", ROOT / "docs" / "guide.md", ROOT / "docs" / "kubernetes.md"]
 LINES = [
     line.strip().split("  #")[0]
     for page in PAGES
