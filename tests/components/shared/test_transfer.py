@@ -112,17 +112,21 @@ def test_an_upload_that_another_program_began_is_not_gone_on_with(store, remote,
 
 
 def test_an_upload_that_a_rival_finishes_is_done(store, remote, file, calls, tmp_path, monkeypatch):
-    cut_off(store, remote, file, calls, after=4)
-    original, rivals = store.client.complete_multipart_upload, []
+    had = cut_off(store, remote, file, calls, after=4)
+    original, rivals = transfer._begun, []
 
-    def complete(**arguments):
+    def begun_then_finished(client, wanted):
+        found = original(client, wanted)
         if not rivals:
-            rivals.append(original(**arguments))
-        return original(**arguments)
+            rivals.append(found)
+            upload(client, file, wanted)
+        return found
 
-    monkeypatch.setattr(store.client, "complete_multipart_upload", complete)
+    monkeypatch.setattr(transfer, "_begun", begun_then_finished)
     upload(store.client, file, remote)
-    assert len(rivals) == 1 and fetched(store, remote, tmp_path / "back") == remote.sha256
+    missing = PARTS - len(had)
+    assert missing < len(calls["upload_part"]) <= 2 * missing  # the rival's, and ours, which were refused
+    assert fetched(store, remote, tmp_path / "back") == remote.sha256
 
 
 def test_an_upload_that_was_aborted_meanwhile_begins_anew(store, remote, file, calls, tmp_path):
