@@ -10,7 +10,7 @@ import uuid
 from dataclasses import asdict, dataclass, field, replace
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
@@ -22,7 +22,6 @@ from components.shared.store import Store
 from pipelines import cli, gc, holds, reach
 
 OLD = 100.0
-AGES = st.sampled_from([0.5, 10.0, OLD])
 
 
 @dataclass
@@ -50,33 +49,77 @@ class World:
     keep_days: float = 30.0
 
 
-@st.composite
-def worlds(draw):
-    count = draw(st.integers(1, 5))
-    indices = st.integers(0, count - 1)
-    some = st.sets(indices, max_size=1)
+# Why an artifact stays, each for itself; two of these are no reason.
+REASONS = (
+    "nothing",
+    "once held",
+    "young manifest",
+    "used lately",
+    "young commit",
+    "young run",
+    "deployed",
+    "deployed before",
+    "held",
+    "alias in MLflow",
+)
+
+
+def world_of(reasons, inputs, shared, registered, young_file, keep_days) -> World:
+    """A world where artifact n stays for `reasons[n]`, or for what it is an input of."""
+    count = len(reasons)
+
+    def having(reason):
+        return [n for n in range(count) if reasons[n] == reason]
+
     made = [
         Made(
-            draw(st.sets(st.integers(0, 2), max_size=2)),
-            draw(st.sets(st.integers(0, number - 1), max_size=2)) if number else set(),
-            draw(st.sampled_from([OLD, OLD, 0.5])),
-            draw(st.sampled_from([OLD, OLD, 10.0])),
-            draw(st.sampled_from([None, OLD, OLD, 10.0])),
+            shared[n],
+            {i for i in inputs[n] if i < n},
+            0.5 if reasons[n] == "young manifest" else OLD,
+            0.5 if reasons[n] == "used lately" else OLD,
+            0.5 if reasons[n] == "young commit" else [OLD, None, 10.0][n % 3],
         )
-        for number in range(count)
+        for n in range(count)
     ]
     return World(
         made,
+        [(n, promoted) for n, promoted in registered if n < count],
+        next(iter(having("deployed")), None),
+        next(iter(having("deployed before")), None),
+        {*having("held")},
+        {*having("once held")},
+        {*having("alias in MLflow")},
+        [(0.5, {n}) for n in having("young run")] + [(10.0, set()), (OLD, {0})],
+        young_file,
+        keep_days,
+    )
+
+
+@st.composite
+def worlds(draw):
+    count = draw(st.integers(1, 7))
+    indices = st.integers(0, count - 1)
+
+    def each(values):
+        return draw(st.lists(values, min_size=count, max_size=count))
+
+    return world_of(
+        each(st.sampled_from(REASONS)),
+        each(st.sets(indices, max_size=1)),
+        each(st.sets(st.integers(0, 2), max_size=1)),
         draw(st.lists(st.tuples(indices, st.booleans()), max_size=4)),
-        draw(st.none() | indices),
-        draw(st.none() | indices),
-        draw(some),
-        draw(some),
-        draw(some),
-        draw(st.lists(st.tuples(AGES, some), max_size=2)),
         draw(st.none() | st.integers(0, 2)),
         draw(st.sampled_from([0.0, 30.0])),
     )
+
+
+def every_reason(keep_days) -> World:
+    """Each reason once, for one artifact each; besides a candidate, a champion and the champion before."""
+    reasons = ["nothing", *REASONS, "nothing", "nothing", "nothing"]
+    count = len(reasons)
+    inputs = [{1} if n == count - 1 else {2} if n == 3 else set() for n in range(count)]
+    registered = [(count - 4, False), (count - 3, True), (count - 2, True), (count - 1, False)]
+    return world_of(reasons, inputs, [{n % 3} for n in range(count)], registered, 1, keep_days)
 
 
 def key_of(number: int) -> str:
@@ -215,11 +258,13 @@ def aged(ages, aliased=()):
 
 
 @settings(
-    max_examples=25,
+    max_examples=12,
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 @given(world=worlds())
+@example(world=every_reason(30.0))
+@example(world=every_reason(0.0))
 def test_what_is_left_is_what_something_leads_to_and_all_of_it_is_readable(store_env, tmp_path, world):
     folder = tmp_path / uuid.uuid4().hex
     store = Store(f"s3://tuneyard/gc-{uuid.uuid4().hex[:12]}", folder / "cache")
