@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from pipelines.commands.options import Json, Who, connect
+from pipelines.commands.options import Json, Who, nearest_store
 
 app = typer.Typer()
 hold = typer.Typer(
@@ -38,7 +38,7 @@ def gc(
     """
     from pipelines import gc as collecting
 
-    store = connect()
+    store = nearest_store()
     found = (collecting.sweep if delete else collecting.look)(store, keep_days)
     if as_json:
         names = [item.name for item in found.removed] + [upload.key for upload in found.uploads]
@@ -81,7 +81,7 @@ def hold_add(what: What, why: Why, who: Who = None, as_json: Json = False) -> No
 
     from pipelines import holds, promotion
 
-    made = holds.add(what, why, who or promotion.default_who(), connect())
+    made = holds.add(what, why, who or promotion.default_who(), nearest_store())
     typer.echo(json.dumps(asdict(made), ensure_ascii=False) if as_json else f"held: {_line(asdict(made))}")
 
 
@@ -92,7 +92,7 @@ def hold_remove(what: What, why: Why, who: Who = None, as_json: Json = False) ->
 
     from pipelines import holds, promotion
 
-    ended = [asdict(each) for each in holds.end(what, why, who or promotion.default_who(), connect())]
+    ended = [asdict(each) for each in holds.end(what, why, who or promotion.default_who(), nearest_store())]
     if as_json:
         typer.echo(json.dumps(ended, ensure_ascii=False))
         return
@@ -105,7 +105,7 @@ def hold_list(as_json: Json = False) -> None:
     """List what is held, by whom and why."""
     from pipelines import holds
 
-    standing = holds.standing(connect())
+    standing = holds.standing(nearest_store())
     if as_json:
         typer.echo(json.dumps(standing, ensure_ascii=False))
         return

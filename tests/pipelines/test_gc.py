@@ -75,7 +75,7 @@ def world_of(reasons, inputs, shared, registered, young_file, keep_days) -> Worl
         Made(
             shared[n],
             {i for i in inputs[n] if i < n},
-            0.5 if reasons[n] == "young manifest" else OLD,
+            0.5 if reasons[n] == "young manifest" else [OLD, 10.0][n % 2],
             0.5 if reasons[n] == "used lately" else OLD,
             0.5 if reasons[n] == "young commit" else [OLD, None, 10.0][n % 3],
         )
@@ -522,7 +522,7 @@ def test_the_command_shows_first_and_removes_when_told(lone, monkeypatch):
     from pipelines.commands import store as commands
 
     store, manifest, _ = lone
-    monkeypatch.setattr(commands, "connect", lambda: store)
+    monkeypatch.setattr(commands, "nearest_store", lambda: store)
     run = CliRunner().invoke
     with aged({}):
         before = left(store)
