@@ -4,7 +4,8 @@ Memory is a few parts, whatever the size of the file. Uploads carry the SHA-256 
 `x-amz-checksum-sha256`; AWS and SeaweedFS refuse a part that does not have it), and leave the parts of a
 cut-off upload in the store, where the next attempt finds them (ListMultipartUploads, ListParts). Downloads
 ask for ranges and append them in order, so the length of what is on disk says where to go on; the digest of
-the whole is taken while the bytes pass. docs/decisions/0007 has what was measured and what lost.
+the whole is taken while the bytes pass. What was measured, and what lost, is in docs/decisions (how bytes
+travel).
 """
 
 from __future__ import annotations
