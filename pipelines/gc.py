@@ -89,8 +89,7 @@ def sweep(store: Store, keep_days: float) -> Swept:
     """
     with _alone(store) as alive:
         found = _swept(store, reach.survey(store, keep_days, alive), deleted=True)
-        order = {prefix: number for number, prefix in enumerate(reach.KINDS)}
-        for prefix in order:
+        for prefix in reach.KINDS:  # in its order: first what names, then what is named
             names = [item.name for item in found.removed if item.name.startswith(prefix)]
             _remove(store, names, alive)
         with s3.faults_named("aborting uploads"):

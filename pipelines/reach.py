@@ -28,7 +28,7 @@ from pipelines import holds
 DAY_SECONDS = 86400.0
 # Younger than this nothing is removed, whatever reaches it: its manifest, commit or run may be yet to come.
 GRACE_DAYS = 1.0
-# Only these are ever removed: what else lies in the store (ledgers, deployments, holds) is not touched.
+# Only these are ever removed, in this order; what else lies in the store (ledgers, holds...) is not.
 KINDS = {
     "stages/": "commits",
     "manifests/": "manifests",
