@@ -25,6 +25,7 @@ from typing import Any
 
 from benchmarks import copying
 from benchmarks.copying import Copy
+from components.shared import s3
 from components.shared.manifest import Manifest
 from components.shared.store import Store
 from pipelines.embedded import platform
@@ -208,15 +209,16 @@ def _loopback(block: bytes) -> float:
 @contextmanager
 def _bucket(name: str) -> Iterator[str]:
     """A bucket of one contender; with it SeaweedFS drops the volumes, so the disk is free for the next."""
-    import boto3
-
-    resource: Any = boto3.session.Session().resource("s3")
-    bucket = resource.create_bucket(Bucket=f"bench-{name}")
+    bucket = f"bench-{name}"
+    client = s3.client(10)
+    client.create_bucket(Bucket=bucket)
     try:
-        yield bucket.name
+        yield bucket
     finally:
-        bucket.objects.all().delete()
-        bucket.delete()
+        store = Store(f"s3://{bucket}", Path("unused"))
+        for key in store.names(""):
+            store.remove(key)
+        client.delete_bucket(Bucket=bucket)
 
 
 def _told(figures: dict[str, Any]) -> dict[str, Any]:
