@@ -11,6 +11,7 @@ they are there. Ours also verifies what it reads; the peers do not. `--gib` sets
 from __future__ import annotations
 
 import hashlib
+import io
 import os
 import shutil
 import socket
@@ -115,8 +116,8 @@ def _counted(store: Store, clock: Clock) -> Iterator[None]:
     events = store.client.meta.events
 
     def sent(request: Any, **_: Any) -> None:
-        body = request.body  # bytes come wrapped
-        clock.moved["up"] += body.getbuffer().nbytes if body else 0
+        body = request.body  # the bytes, or a stream over them
+        clock.moved["up"] += len(body.getbuffer() if isinstance(body, io.BytesIO) else body or b"")
 
     def received(parsed: dict[str, Any], **_: Any) -> None:
         clock.moved["down"] += int(parsed.get("ContentLength", 0))
