@@ -3,13 +3,14 @@
 # or a data check stopped the line) call .venv/bin/tuneyard, which these targets only wrap.
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lock submit compile schedule unschedule up down status ui runs ask promote rollback test test-unit test-cluster lint bench clean
+.PHONY: help setup lock submit compile schedule unschedule up down status ui runs ask promote rollback gc \
+  images test test-unit test-cluster test-containers lint bench clean
 MAKEFLAGS += --no-print-directory
 
 BIN := .venv/bin
 # Values given on make's command line reach the commands through the environment, so that quotes and spaces
 # in them mean nothing to make or the shell. What a shell happens to export under these names is not meant.
-$(foreach name,EXTRA PIPELINE SET TARGET JSON CRON RUN MODEL VERSION Q,\
+$(foreach name,EXTRA PIPELINE SET TARGET JSON CRON RUN MODEL VERSION Q DELETE KEEP_DAYS,\
   $(if $(filter command,$(firstword $(origin $(name)))),,$(eval unexport $(name))))
 
 need-%:
@@ -57,6 +58,9 @@ promote: need-MODEL setup  ## make a version the champion: MODEL=sft_legal [VERS
 
 rollback: need-MODEL setup  ## bring the champion before this one back: MODEL=sft_legal
 	@exec $(BIN)/tuneyard rollback "$$MODEL"
+
+gc: setup  ## show what the store could drop; DELETE=1 drops it, KEEP_DAYS=30
+	@exec $(BIN)/tuneyard gc $${DELETE:+--delete} $${KEEP_DAYS:+--keep-days "$$KEEP_DAYS"}
 
 test: setup  ## run all tests
 	@exec $(BIN)/python -m pytest

@@ -8,7 +8,7 @@ import json
 import sys
 from pathlib import Path
 
-NAMES = ("train_step", "line_sft_legal", "line_classify_finance")
+NAMES = ("train_step", "line_sft_legal", "line_classify_finance", "artifacts")
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -16,6 +16,9 @@ def main() -> None:
     """Run the benchmarks that were asked for and print their figures."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"{', '.join(NAMES)}; all when absent")
+    parser.add_argument(
+        "--gib", type=float, default=10.0, help="size of the model of `artifacts`; 10 when absent"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object on stdout")
     given = parser.parse_args()
     unknown = sorted(set(given.names) - set(NAMES))
@@ -25,7 +28,8 @@ def main() -> None:
     for name in given.names or NAMES:
         module, _, argument = name.partition("line_")
         benchmark = importlib.import_module(f"benchmarks.{module or 'line'}")
-        figures[name] = benchmark.run(argument) if argument else benchmark.run()
+        arguments = [argument] if argument else [given.gib] if name == "artifacts" else []
+        figures[name] = benchmark.run(*arguments)
         RESULTS.mkdir(exist_ok=True)
         (RESULTS / f"{name}.json").write_text(json.dumps(figures[name], indent=1) + "\n")
         if not given.json:

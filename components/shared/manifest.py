@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -93,7 +95,10 @@ def describe(folder: Path) -> tuple[FileEntry, ...]:
     if links or not paths:
         found = f"symbolic links {links}" if links else "no file"
         raise TuneyardError(f"{folder}: {found}; an artifact needs plain files", "write real files into it")
-    entries = (
-        FileEntry(p.relative_to(folder).as_posix(), p.stat().st_size, digest.of_file(p)) for p in paths
-    )
-    return tuple(sorted(entries, key=lambda entry: entry.path))
+
+    def entry(path: Path) -> FileEntry:
+        return FileEntry(path.relative_to(folder).as_posix(), path.stat().st_size, digest.of_file(path))
+
+    # hashlib lets other threads run: shards are hashed on as many cores as there are.
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return tuple(sorted(pool.map(entry, paths), key=lambda entry: entry.path))

@@ -119,7 +119,9 @@ def _run_verb(
         "inputs": {name: manifest.digest for name, manifest in inputs.items()},
     }
     manifests = {
-        name: context.store.put_tree(context.out / name, kind, result.metadata.get(name, {}), made_by)
+        name: context.store.put_tree(
+            context.out / name, kind, result.metadata.get(name, {}), made_by, given=True
+        )
         for name, kind in result.kinds.items()
     }
     page = result.page.read_text() if result.page else ""

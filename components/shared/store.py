@@ -2,27 +2,40 @@
 
 Layout of the bucket: `objects/<2>/<sha256>` the bytes, `manifests/<digest>.json` what a tree consists of,
 `stages/<stage>/<key>.json` the commit of a finished stage, `runs/<run>/...` what happened in a run,
-`damaged/objects/...` what was found with another digest than its name says.
-An object is complete or absent (S3 promises that much), and a commit is written last and once (`commit.py`).
+`uses/<digest>.json` who relies on an artifact (`uses.py`), `damaged/objects/...` what was found with another
+digest than its name says. An object is complete or absent (S3 promises that much), and a commit is written
+last and once (`commit.py`). How bytes travel is told in `transfer.py`, what a node keeps of them in
+`cache.py`.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import shutil
 from concurrent.futures import ThreadPoolExecutor
-from functools import cached_property
+from dataclasses import dataclass
+from email.utils import parsedate_to_datetime
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
-from components.shared import digest, s3
+from components.shared import cache, objects, prefixes, s3, transfer, uses
+from components.shared.cache import Stamp
 from components.shared.errors import TuneyardError
 from components.shared.manifest import FileEntry, Manifest, describe
-from components.shared.placing import into_place, link
-from components.shared.s3 import is_data_object, split_uri
+from components.shared.s3 import split_uri
+from components.shared.transfer import Remote
 
 _TRANSFERS = 4
+
+
+@dataclass(frozen=True)
+class Listed:
+    """A name in the store, its bytes, and how many seconds ago it was written, by the store's own clock."""
+
+    name: str
+    size: int
+    age_seconds: float
 
 
 class Store:
@@ -88,7 +101,12 @@ class Store:
         condition = {"IfNoneMatch": "*"} if once else {}
         try:
             self.client.put_object(
-                Bucket=self.bucket, Key=self.key(name), Body=body, ContentType="application/json", **condition
+                Bucket=self.bucket,
+                Key=self.key(name),
+                Body=body,
+                ContentType="application/json",
+                ChecksumAlgorithm="SHA256",
+                **condition,
             )
         except ClientError as error:
             if once and error.response["ResponseMetadata"]["HTTPStatusCode"] in (409, 412):
@@ -104,10 +122,26 @@ class Store:
     @s3.faults_named("listing names")
     def names(self, prefix: str) -> list[str]:
         """Names below a prefix of the store's root, sorted."""
+        return sorted(listed.name for listed in self.listing(prefix))
+
+    @s3.faults_named("listing names")
+    def listing(self, prefix: str) -> list[Listed]:
+        """What is below a prefix of the store's root."""
+        found: list[Listed] = []
         pages = self.client.get_paginator("list_objects_v2").paginate(
             Bucket=self.bucket, Prefix=self.key(prefix)
         )
-        return sorted(o["Key"][len(self._prefix) :] for page in pages for o in page.get("Contents", []))
+        for page in pages:
+            for item in page.get("Contents", []):
+                age = _seconds_since(item["LastModified"], page)
+                found.append(Listed(item["Key"][len(self._prefix) :], item["Size"], age))
+        return found
+
+    @s3.faults_named("looking for a document")
+    def age(self, name: str) -> float | None:
+        """How many seconds ago a document was written, by the store's own clock; None when there is none."""
+        head = self._head(name)
+        return None if head is None else _seconds_since(head["LastModified"], head)
 
     # --- trees of files ---------------------------------------------------------------------------
 
@@ -118,16 +152,36 @@ class Store:
         kind: str,
         metadata: dict[str, Any] | None = None,
         made_by: dict[str, Any] | None = None,
+        given: bool = False,
     ) -> Manifest:
-        """Upload the files of a folder that the store lacks, then its manifest. The folder stays as it is."""
+        """Upload the files of a folder that the store lacks, then its manifest.
+
+        Args:
+            folder: stays as it is, unless it is given.
+            kind: of the manifest.
+            metadata: of the manifest.
+            made_by: of the manifest.
+            given: nobody will write to the files any more: they become those of the cache, read-only, instead
+                of copies of them.
+
+        Raises:
+            TuneyardError: the folder holds no file or a symbolic link, or was written to meanwhile.
+        """
+        look = cache.freeze if given else cache.stamp
+        stamps = {path: look(path) for path in folder.rglob("*") if path.is_file() and not path.is_symlink()}
         manifest = Manifest(kind, describe(folder), metadata or {}, made_by or {})
-        _ = self.client  # made before threads ask for it
+        uses.note(manifest, self)
+
+        def put(entry: FileEntry) -> None:
+            self._put_file(folder / entry.path, entry, stamps[folder / entry.path], given)
+
         with ThreadPoolExecutor(_TRANSFERS) as pool:
-            list(pool.map(lambda entry: self._put_file(folder / entry.path, entry), manifest.files))
+            list(pool.map(put, manifest.files))
         self.client.put_object(
             Bucket=self.bucket,
             Key=self.key(f"manifests/{manifest.digest}.json"),
             Body=manifest.to_json().encode(),
+            ChecksumAlgorithm="SHA256",
         )
         return manifest
 
@@ -153,7 +207,7 @@ class Store:
 
     @s3.faults_named("fetching an artifact")
     def get_tree(self, manifest: Manifest, folder: Path) -> Path:
-        """Lay the files of a manifest into a folder, by hard link from the cache where the disk allows it.
+        """Lay the files of a manifest into a folder: links to the cache, read-only, and copies of small ones.
 
         Raises:
             TuneyardError: a file is missing in the store, or its bytes do not have the stated digest.
@@ -169,7 +223,9 @@ class Store:
                 )
             target.parent.mkdir(parents=True, exist_ok=True)
             target.unlink(missing_ok=True)
-            link(self._cached(entry), target)
+            remote = self._remote(entry)
+            fetch = partial(objects.fetch, self.client, entry, remote)
+            cache.lay(cache.obtain(self.cache, entry.sha256, fetch), target)
 
         with ThreadPoolExecutor(_TRANSFERS) as pool:
             list(pool.map(lay, manifest.files))
@@ -177,120 +233,59 @@ class Store:
 
     @s3.faults_named("looking for an artifact")
     def has_tree(self, manifest: Manifest) -> bool:
-        """Whether every file of the manifest is still in the store (a deleted artifact is no cache hit)."""
-        return all(self._has(entry) for entry in manifest.files)
+        """Whether every file of the manifest is still in the store (a deleted artifact is no cache hit).
 
-    def _object_name(self, entry: FileEntry) -> str:
-        return f"objects/{entry.sha256[:2]}/{entry.sha256}"
+        Who is told so may rely on it: `tuneyard gc` keeps what was asked for lately.
+        """
+        uses.note(manifest, self)
+        with ThreadPoolExecutor(_TRANSFERS) as pool:
+            return all(pool.map(self._has, manifest.files))
 
-    def _has(self, entry: FileEntry) -> bool:
+    def _remote(self, entry: FileEntry) -> Remote:
+        return Remote(self.bucket, self.key(objects.name_of(entry.sha256)), entry.size, entry.sha256)
+
+    def _head(self, name: str) -> dict[str, Any] | None:
         from botocore.exceptions import ClientError
 
         try:
-            head = self.client.head_object(Bucket=self.bucket, Key=self.key(self._object_name(entry)))
+            head: dict[str, Any] = self.client.head_object(Bucket=self.bucket, Key=self.key(name))
         except ClientError as error:
             if error.response["ResponseMetadata"]["HTTPStatusCode"] == 404:
-                return False
+                return None
             raise
-        return int(head["ContentLength"]) == entry.size
+        return head
 
-    def _put_file(self, path: Path, entry: FileEntry) -> None:
+    def _has(self, entry: FileEntry) -> bool:
+        head = self._head(objects.name_of(entry.sha256))
+        return head is not None and int(head["ContentLength"]) == entry.size
+
+    def _put_file(self, path: Path, entry: FileEntry, seen: Stamp, given: bool) -> None:
         if not self._has(entry):
-            self.client.upload_file(str(path), self.bucket, self.key(self._object_name(entry)))
-        cached = self._cache_path(entry)
-        if not cached.exists():
-            # Copied, not linked: a stage may still write to its own file; the cache must not follow.
-            into_place(cached, lambda aside: shutil.copyfile(path, aside))
-
-    def _cache_path(self, entry: FileEntry) -> Path:
-        return self.cache / "objects" / entry.sha256[:2] / entry.sha256
-
-    def _cached(self, entry: FileEntry) -> Path:
-        path = self._cache_path(entry)
-        if path.exists() and digest.of_file(path) == entry.sha256:
-            return path
-        path.unlink(missing_ok=True)
-
-        def download(aside: Path) -> None:
-            key = self.key(self._object_name(entry))
-            try:
-                self.client.download_file(self.bucket, key, str(aside))
-            except self.client.exceptions.ClientError as error:
-                if error.response["ResponseMetadata"]["HTTPStatusCode"] != 404:
-                    raise
-                raise TuneyardError(
-                    f"{entry.path}: s3://{self.bucket}/{key} cannot be read ({error})",
-                    "submit again to remake it",
-                ) from error
-            found = digest.of_file(aside)
-            if found != entry.sha256:
-                self._set_aside(entry)
-                raise TuneyardError(
-                    f"{entry.path}: s3://{self.bucket}/{key} has sha256 {found[:12]}, "
-                    f"expected {entry.sha256[:12]}; it was changed or cut, and is now under damaged/",
-                    "submit again: it will be made anew",
-                )
-
-        into_place(path, download)
-        return path
-
-    def _set_aside(self, entry: FileEntry) -> None:
-        """Move a damaged object away: its artifact then counts as gone, its place is free for a whole one.
-
-        It is kept, since it may have been whole and the machine that read it at fault.
-        """
-        name = self._object_name(entry)
-        source = {"Bucket": self.bucket, "Key": self.key(name)}
-        self.client.copy(source, self.bucket, self.key(f"damaged/{name}"))
-        self.remove(name)
+            transfer.upload(self.client, path, self._remote(entry))
+        if cache.stamp(path) != seen:
+            raise TuneyardError(
+                f"{path} was written to while it was stored",
+                "see which process of the stage outlived it; then submit again",
+            )
+        if given:
+            cache.adopt(self.cache, entry.sha256, path, seen)
+        else:
+            cache.keep_copy(self.cache, entry.sha256, path)
 
     # --- any prefix that a user filled ------------------------------------------------------------
 
     @s3.faults_named("listing a prefix")
     def list_prefix(self, uri: str) -> list[dict[str, Any]]:
-        """Objects at or below an s3:// URI: `key`, `size` in bytes, `etag`. Markers (`_x`, `.x`) not.
-
-        Raises:
-            TuneyardError: the bucket does not exist, or nothing is there.
-        """
-        bucket, prefix = split_uri(uri)
-        pages = self.client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix)
-        folder = prefix.rstrip("/") + "/" if prefix else ""
-        try:
-            found = [o for page in pages for o in page.get("Contents", [])]
-        except self.client.exceptions.NoSuchBucket as error:
-            raise TuneyardError(
-                f"{uri}: there is no bucket {bucket!r}", "check the name in the pipeline file"
-            ) from error
-        kept = [
-            {"key": o["Key"], "size": o["Size"], "etag": o["ETag"].strip('"')}
-            for o in found
-            if is_data_object(o["Key"]) and (o["Key"] == prefix or o["Key"].startswith(folder))
-        ]
-        if not kept:
-            raise TuneyardError(f"{uri}: nothing is there", "check the prefix, or upload the files first")
-        return sorted(kept, key=lambda o: o["key"])
+        """Objects at or below an s3:// URI: see `prefixes.objects`."""
+        return prefixes.objects(self.client, uri)
 
     @s3.faults_named("fetching a prefix")
     def get_prefix(self, uri: str) -> Path:
-        """Copy the objects below a URI into the cache, once for each content. Returns the folder."""
-        objects = self.list_prefix(uri)
-        bucket, prefix = split_uri(uri)
-        folder = self.cache / "prefixes" / digest.of_value([uri, objects])
-        if folder.exists():
-            return folder
-        base = prefix.rstrip("/") + "/"
+        """Copy the objects below a URI into the cache, once for each content: see `prefixes.fetch`."""
+        return prefixes.fetch(self.client, uri, self.cache / "prefixes")
 
-        def download(aside: Path) -> None:
-            def one(item: dict[str, Any]) -> None:
-                key = item["key"]
-                relative = key[len(base) :] if key.startswith(base) else key.rsplit("/", 1)[-1]
-                target = aside / relative
-                target.parent.mkdir(parents=True, exist_ok=True)
-                self.client.download_file(bucket, key, str(target))
 
-            with ThreadPoolExecutor(_TRANSFERS) as pool:
-                list(pool.map(one, objects))
-
-        into_place(folder, download)
-        return folder
+def _seconds_since(written: Any, answer: dict[str, Any]) -> float:
+    """Age by the clock that stamped it: that of another machine may be minutes off."""
+    now = parsedate_to_datetime(answer["ResponseMetadata"]["HTTPHeaders"]["date"])
+    return float((now - written).total_seconds())

@@ -29,3 +29,12 @@ def connect() -> Any:
 
     os.environ.update(platform.environment(platform.up(platform.home_dir())))
     return Store.from_environment()
+
+
+def nearest_store() -> Any:
+    """The store that the environment names, else that of this machine's platform."""
+    import os
+
+    from components.shared.store import Store
+
+    return Store.from_environment() if os.environ.get("TUNEYARD_STORE") else connect()

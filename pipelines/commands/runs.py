@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from pipelines.commands.lines import finish
-from pipelines.commands.options import Json, connect
+from pipelines.commands.options import Json, nearest_store
 
 app = typer.Typer()
 group = typer.Typer(
@@ -29,7 +29,7 @@ def runs(
     """List finished runs: those of the store that TUNEYARD_STORE names, else this machine's."""
     if context.invoked_subcommand:
         return
-    store = _store()
+    store = nearest_store()
     names = [name for name in store.names("runs/") if name.endswith("/run.json")]
     found = [document for name in names if (document := store.read_json(name))]
     newest = sorted(found, key=lambda run: str(run.get("started", "")), reverse=True)[:limit]
@@ -77,7 +77,7 @@ def compare(
     """Put two finished runs side by side: settings, inputs and code that differ, metrics, seconds."""
     from pipelines import compare as comparing
 
-    found = comparing.compare(first, second, _store())
+    found = comparing.compare(first, second, nearest_store())
     if as_json:
         typer.echo(json.dumps(found, indent=1, ensure_ascii=False))
     else:
@@ -98,12 +98,3 @@ def _show(found: dict[str, Any]) -> None:
             table.add_row(name, *[f"{v:.4g}" if isinstance(v, float) else str(v)[:60] for v in pair])
         console.print(table)
     console.print(f"code differs in: {', '.join(found['code']) or 'no stage'}")
-
-
-def _store() -> Any:
-    """The store that the environment names, else that of this machine's platform."""
-    import os
-
-    from components.shared.store import Store
-
-    return Store.from_environment() if os.environ.get("TUNEYARD_STORE") else connect()

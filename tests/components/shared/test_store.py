@@ -8,7 +8,7 @@ import random
 import pytest
 from botocore.exceptions import ClientError
 
-from components.shared import sources
+from components.shared import sources, transfer
 from components.shared.errors import StoreError, TuneyardError
 from components.shared.manifest import FileEntry, Manifest, describe
 from components.shared.s3 import is_data_object, split_uri
@@ -81,15 +81,15 @@ def test_only_new_files_travel(store, tree, monkeypatch):
     store.put_tree(tree, "dataset")
     (tree / "new.txt").write_text("new")
     sent = []
-    original = store.client.upload_file
+    original = transfer.upload
 
-    def upload(path, *rest):
+    def upload(client, path, remote):
         sent.append(path)
-        original(path, *rest)
+        original(client, path, remote)
 
-    monkeypatch.setattr(store.client, "upload_file", upload)
+    monkeypatch.setattr(transfer, "upload", upload)
     store.put_tree(tree, "dataset")
-    assert sent == [str(tree / "new.txt")]
+    assert sent == [tree / "new.txt"]
 
 
 @pytest.mark.parametrize("path", ["../evil", "/etc/evil", "sub/../../evil"])
