@@ -3,13 +3,13 @@
 # or a data check stopped the line) call .venv/bin/tuneyard, which these targets only wrap.
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lock submit compile schedule unschedule up down status ui runs ask promote rollback test test-unit lint bench clean
+.PHONY: help setup lock submit compile images schedule unschedule up down status ui runs ask promote rollback test test-unit test-containers lint bench clean
 MAKEFLAGS += --no-print-directory
 
 BIN := .venv/bin
 # Values given on make's command line reach the commands through the environment, so that quotes and spaces
 # in them mean nothing to make or the shell. What a shell happens to export under these names is not meant.
-$(foreach name,EXTRA PIPELINE SET TARGET JSON CRON RUN MODEL VERSION Q,\
+$(foreach name,EXTRA PIPELINE SET TARGET JSON CRON RUN MODEL VERSION Q REGISTRY BASE BUILDER PUSH ONLY DEBOOTSTRAP,\
   $(if $(filter command,$(firstword $(origin $(name)))),,$(eval unexport $(name))))
 
 need-%:
@@ -27,6 +27,12 @@ submit: need-PIPELINE setup  ## run a pipeline: PIPELINE=sft_legal [SET="train.m
 
 compile: setup  ## write the KFP IR of PIPELINE=..., or of every file in pipelines/
 	@for spec in $${PIPELINE:-pipelines/*.yaml}; do $(BIN)/tuneyard compile "$$spec" || exit; done
+
+images: setup  ## build the images: [ONLY=cpu] [REGISTRY=... PUSH=1] [BASE=... or DEBOOTSTRAP=1] [BUILDER=podman]
+	@set -f; set --; for image in $$ONLY; do set -- "$$@" --only "$$image"; done; \
+	exec $(BIN)/tuneyard images $${REGISTRY:+--registry "$$REGISTRY"} $${PUSH:+--push} \
+	  $${BASE:+--base "$$BASE"} $${DEBOOTSTRAP:+--base-from-debootstrap} \
+	  $${BUILDER:+--builder "$$BUILDER"} $${JSON:+--json} "$$@"
 
 schedule: setup  ## make a cluster's schedules those of the files; or PIPELINE=sft_legal [CRON="0 3 1 * *"]
 	@exec $(BIN)/tuneyard schedule $${PIPELINE:+"$$PIPELINE"} $${CRON:+--cron "$$CRON"} $${JSON:+--json}
@@ -64,11 +70,15 @@ test: setup  ## run all tests
 test-unit: setup  ## run all tests but the end-to-end runs on real models
 	@exec $(BIN)/python -m pytest -m "not e2e"
 
-lint: setup  ## ruff, mypy and the import contracts
+test-containers: setup  ## build images and run stages and server in containers; needs root, buildah, runc
+	@TUNEYARD_TEST_CONTAINERS=1 exec $(BIN)/python -m pytest tests/containers -o log_cli_level=INFO
+
+lint: setup  ## ruff, mypy, the import contracts and hadolint
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/hadolint docker/Dockerfile
 
 bench: setup  ## run the benchmarks
 	@exec $(BIN)/python -m benchmarks
