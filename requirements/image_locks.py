@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import ast
 import re
-import sys
 import tomllib
 from collections.abc import Iterable, Mapping
 from importlib import metadata
@@ -175,4 +174,4 @@ def main(pip: str | None = None) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

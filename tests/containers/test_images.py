@@ -7,11 +7,10 @@ import re
 from pathlib import Path
 
 import pytest
-from cyclonedx.schema import SchemaVersion
-from cyclonedx.validation.json import JsonStrictValidator
 
 from components.shared import digest
 from pipelines.images import lock
+from tests.containers.bills import fault
 from tests.containers.container import buildah
 
 TRAINING = {"accelerate", "datasets", "great-expectations", "kfp", "mlflow", "peft", "scikit-learn", "trl"}
@@ -63,8 +62,7 @@ def test_the_serving_image_holds_no_training_library(bill):
 @pytest.mark.parametrize("image", IMAGES)
 def test_the_bill_of_materials_keeps_to_its_schema_and_has_the_systems_packages(bill, image):
     found = bill(image)
-    fault = JsonStrictValidator(SchemaVersion.V1_6).validate_str(json.dumps(found))
-    assert fault is None, fault
+    assert fault(found) == ""
     packages = {each["name"] for each in found["components"] if "pkg:deb" in each["purl"]}
     assert {"libc6", "libpython3.11-stdlib"} <= packages
     without = [

@@ -36,7 +36,7 @@ train:
   max_steps: 2
   max_length: 128
   eval_examples: 4
-evaluate: {max_generated: 2, max_new_tokens: 4, gates: null}
+evaluate: {max_generated: 2, max_new_tokens: 4}
 compress:
 register:
 deploy:
@@ -86,7 +86,9 @@ def line(tmp_path_factory, contain, pod_environment, s3, server, store_env):
     folder = tmp_path_factory.mktemp("pipeline")
     (folder / "in_containers.yaml").write_text(PIPELINE)
     ir = next(
-        yaml.safe_load_all(compile_pipeline(str(folder / "in_containers.yaml"), folder / "ir").read_text())
+        yaml.safe_load_all(
+            compile_pipeline(str(folder / "in_containers.yaml"), folder / "ir.yaml").read_text()
+        )
     )
     mlflow = platform.ui(Path(store_env["TUNEYARD_HOME"]))
     environment = pod_environment | {

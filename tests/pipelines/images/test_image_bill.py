@@ -9,13 +9,12 @@ import sys
 from pathlib import Path
 
 import pytest
-from cyclonedx.schema import SchemaVersion
-from cyclonedx.validation.json import JsonStrictValidator
 from typer.testing import CliRunner
 
 from components.shared import digest
 from components.shared.errors import TuneyardError
 from pipelines.images import build, builders, context, facts, lock, sbom
+from tests.containers.bills import fault
 
 INSIDE = facts.Facts(
     code="c" * 64,
@@ -41,9 +40,8 @@ def wheels(tmp_path):
 
 def test_a_bill_keeps_to_the_schema_of_cyclonedx(wheels):
     bill = sbom.document("cpu", INSIDE, wheels, 1_700_000_000)
-    assert JsonStrictValidator(SchemaVersion.V1_6).validate_str(json.dumps(bill)) is None
-    broken = bill | {"components": [{"name": "no type"}]}
-    assert JsonStrictValidator(SchemaVersion.V1_6).validate_str(json.dumps(broken)) is not None
+    assert fault(bill) == ""
+    assert "type" in fault(bill | {"components": [{"name": "no type"}]})
 
 
 def test_a_bill_names_each_distribution_and_package_with_its_file(wheels):
