@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.containers.container import Container, Root, missing
+from tests.containers.container import VOLUMES, Container, Root, missing
 
 ASKED = "TUNEYARD_TEST_CONTAINERS"
 # Names of the environment that a pod has from the ConfigMap and the Secrets; the rest is of this machine.
@@ -80,15 +80,15 @@ def roots(built):
 
 @pytest.fixture(scope="session")
 def contain(roots, tmp_path_factory) -> Callable[..., Container]:
-    """Makes a container: `contain(image, arguments, environment)`; all have ended after the tests."""
+    """Makes a container: `contain(image, arguments, environment, volumes)`; all end with the tests."""
     made: list[Container] = []
 
-    def make(image, arguments=None, environment=None):
+    def make(image, arguments=None, environment=None, volumes=VOLUMES):
         folder = tmp_path_factory.mktemp("container")
         # runc's user must be able to reach the volumes below it.
         for parent in [folder, *folder.parents][:4]:
             parent.chmod(0o755)
-        made.append(Container(roots(image), folder, arguments, environment))
+        made.append(Container(roots(image), folder, arguments, environment, volumes))
         return made[-1]
 
     yield make

@@ -1,8 +1,8 @@
 """One container of an image as the cluster starts it, with runc and nothing else.
 
 The root file system is read-only, the user is 10001, no capability is left, no new privilege can be had;
-/tmp, /work and the folders of KFP are volumes that everybody may write, as emptyDir is. It shares this
-machine's network, where the tests' S3 server listens on loopback.
+what it may write are volumes that everybody may write, as emptyDir is. It shares this machine's network,
+where the tests' S3 server listens on loopback.
 """
 
 from __future__ import annotations
@@ -17,8 +17,7 @@ import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-# Of the volumes that KFP's driver adds to each pod (backend/src/v2/compiler/argocompiler/container.go).
-VOLUMES = ("tmp", "work", "s3")
+VOLUMES = ("tmp", "work")
 NAMESPACES = ("pid", "ipc", "uts", "mount")
 
 
@@ -51,6 +50,7 @@ class Container:
         folder: an empty folder for its settings and its volumes.
         arguments: what to run; None: what the image says.
         environment: laid over the image's.
+        volumes: paths of its volumes, without the first slash.
     """
 
     def __init__(
@@ -59,14 +59,15 @@ class Container:
         folder: Path,
         arguments: Sequence[str] | None = None,
         environment: Mapping[str, str] | None = None,
+        volumes: Sequence[str] = VOLUMES,
     ) -> None:
         self.name, self.folder = f"tuneyard-test-{uuid.uuid4().hex[:12]}", folder
-        for volume in VOLUMES:
+        for volume in volumes:
             (folder / volume).mkdir(parents=True)
             (folder / volume).chmod(0o777)
         said = [*root.config.get("Entrypoint", []), *root.config.get("Cmd", [])]
         (folder / "config.json").write_text(
-            json.dumps(_settings(root, folder, list(arguments or said), environment or {}))
+            json.dumps(_settings(root, folder, list(arguments or said), environment or {}, volumes))
         )
         self.process: subprocess.Popen[bytes] | None = None
         self.log = folder / "log"
@@ -112,11 +113,17 @@ class Container:
             )
             self.process.wait(20)
 
+    def outside(self, path: str) -> Path:
+        """Where a path below one of its volumes is on this machine."""
+        return self.folder / path.lstrip("/")
+
     def said(self) -> str:
         return self.log.read_text(errors="replace")
 
 
-def _settings(root: Root, folder: Path, arguments: list[str], environment: Mapping[str, str]) -> dict:
+def _settings(
+    root: Root, folder: Path, arguments: list[str], environment: Mapping[str, str], volumes: Sequence[str]
+) -> dict:
     """The OCI runtime's settings: https://github.com/opencontainers/runtime-spec/blob/v1.0.2/config.md"""
     variables = dict(each.split("=", 1) for each in root.config["Env"]) | dict(environment)
     user, group = (int(each) for each in root.config["User"].split(":"))
@@ -134,7 +141,7 @@ def _settings(root: Root, folder: Path, arguments: list[str], environment: Mappi
             "source": str(folder / volume),
             "options": ["bind", "rw"],
         }
-        for volume in VOLUMES
+        for volume in volumes
     ]
     return {
         "ociVersion": "1.0.2",

@@ -13,13 +13,15 @@ import yaml
 
 from pipelines.embedded import seaweed
 from pipelines.embedded.credentials import load_credentials
+from pipelines.images import lock
+from pipelines.placement import PLATFORM_VARIABLES
 from tests.containers.container import wait_for
-from tests.containers.launcher import Launcher
+from tests.containers.launcher import PodRun
+from tests.pipelines.cluster.engine import Cluster
 
 log = logging.getLogger("tuneyard.tests")
 
 STAGES = ["ingest", "validate", "split", "train", "compress", "evaluate", "register", "deploy"]
-RUN = "11111111-2222-3333-4444-555555555555"
 ROWS = [
     {
         "prompt": f"Clause {number}: may the lessee end the contract after {number} months?",
@@ -78,30 +80,42 @@ def server(contain, pod_environment):
 
 
 @pytest.fixture(scope="module")
-def line(tmp_path_factory, contain, pod_environment, s3, server, store_env):
-    """A launcher that has run every stage."""
+def line(tmp_path_factory, built, contain, pod_environment, s3, server, store_env):
+    """A run whose every stage was a container."""
     from pipelines.compile import compile_pipeline
     from pipelines.embedded import platform
 
     folder = tmp_path_factory.mktemp("pipeline")
     (folder / "in_containers.yaml").write_text(PIPELINE)
-    ir = next(
-        yaml.safe_load_all(
-            compile_pipeline(str(folder / "in_containers.yaml"), folder / "ir.yaml").read_text()
-        )
+    codes = {"cpu": built("cpu").code, "gpu": lock.code_digest("gpu"), "serving": built("serving").code}
+    locked = {
+        name: lock.Image(f"r.example/{name}", f"sha256:{'0' * 64}", code) for name, code in codes.items()
+    }
+    lock.write(locked, folder / "images.json")
+    compiled = compile_pipeline(
+        str(folder / "in_containers.yaml"), folder / "ir.yaml", images=folder / "images.json"
     )
     mlflow = platform.ui(Path(store_env["TUNEYARD_HOME"]))
-    environment = pod_environment | {
+    told = pod_environment | {
         "MLFLOW_TRACKING_URI": mlflow,
         "MLFLOW_REGISTRY_URI": mlflow,
         "TUNEYARD_SERVING_URL": server,
     }
-    launcher = Launcher(
-        ir, s3, "s3://tuneyard/kfp", RUN, lambda name, arguments: contain("cpu", arguments, environment)
+    cluster = Cluster(
+        folder,
+        {"tuneyard-platform": {name: told[name] for name in PLATFORM_VARIABLES}},
+        {
+            "tuneyard-s3": {name: told[name] for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")},
+            "tuneyard-mlflow": {"MLFLOW_TRACKING_USERNAME": "", "MLFLOW_TRACKING_PASSWORD": ""},
+            "tuneyard-serving": {"TUNEYARD_SERVING_TOKEN": told["TUNEYARD_SERVING_TOKEN"]},
+        },
     )
-    for name, task in launcher.tasks():
-        launcher.run(name, task)
-    return launcher
+    documents = list(yaml.safe_load_all(compiled.read_text()))
+    run = PodRun(documents, cluster, s3, "s3://tuneyard/kfp", contain)
+    run.run()
+    last = list(run.logs.values())[-1][-6000:] if run.logs else ""
+    assert run.state == "SUCCEEDED", f"{run.error}\n{last}"
+    return run
 
 
 def test_every_stage_runs_as_the_launcher_starts_it(line):
