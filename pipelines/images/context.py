@@ -10,6 +10,8 @@ import os
 import re
 import shutil
 import sys
+import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 from components.shared import digest
@@ -23,6 +25,7 @@ PYTHON = "3.11"
 # Debian bookworm has glibc 2.36; wheels say the oldest glibc that they run with. pip takes each as it stands.
 _GLIBC_NEWEST = 36
 _GLIBC_OLDEST = 5
+_HASH = re.compile(r"sha256:[0-9a-f]{64}")
 
 
 def folder_of(image: str) -> Path:
@@ -70,40 +73,57 @@ def split(pins: str) -> tuple[str, str]:
     """A lock's entries: those that come as wheels, and those that are built from their source."""
     header = re.search(r"^# built from source: (.*)$", pins, re.MULTILINE)
     built = set(header[1].split()) if header else set()
-    entries = re.split(r"^(?=[a-z0-9])", re.sub(r"^#.*\n", "", pins, flags=re.MULTILINE), flags=re.MULTILINE)
-    named = [(entry.split("=", 1)[0], entry) for entry in entries if entry.strip()]
+    named = [(entry.split("=", 1)[0], entry) for entry in _entries(pins)]
     return (
         "".join(entry for name, entry in named if name not in built),
         "".join(entry for name, entry in named if name in built),
     )
 
 
+def _entries(pins: str) -> list[str]:
+    text = re.sub(r"^#.*\n", "", pins, flags=re.MULTILINE)
+    return [entry for entry in re.split(r"^(?=[a-z0-9])", text, flags=re.MULTILINE) if entry.strip()]
+
+
 def fetch(folder: Path) -> None:
     """Bring the files that a context's locks name into its wheels/, and remove what they do not name.
 
-    pip does it with this machine's own settings: mirror, proxy, certificates, folders of wheels.
+    pip does it with this machine's own settings: mirror, proxy, certificates, folders of wheels. What is
+    there already is not asked for: for 170 distributions that would take pip a minute and a half.
 
     Raises:
         TuneyardError: pip failed; with its last lines.
     """
-    wheels = folder / "wheels"
-    allowed = "".join(path.read_text() for path in sorted((folder / "lock").glob("*.txt")))
-    for path in wheels.iterdir():
-        if f"sha256:{digest.of_file(path)}" not in allowed:
-            path.unlink()
-    count = allowed.count("==")
-    log.info("fetching %d distributions into %s", count, wheels)
-    base = [sys.executable, "-m", "pip", "download", "--disable-pip-version-check", "--progress-bar=off"]
-    base += ["--quiet", "--no-deps", "--require-hashes", "--dest", str(wheels)]
-    target = ["--only-binary=:all:", "--implementation=cp", f"--python-version={PYTHON}"]
-    for minor in range(_GLIBC_NEWEST, _GLIBC_OLDEST - 1, -1):
-        target.append(f"--platform=manylinux_2_{minor}_x86_64")
-    target += ["--platform=manylinux2014_x86_64", "--platform=linux_x86_64"]
-    for name in ("build", "wheels"):
-        running.stream([*base, *target, "-r", str(folder / "lock" / f"{name}.txt")], _todo)
-    if (folder / "lock" / "source.txt").stat().st_size:
-        source = ["--no-binary=:all:", "--no-build-isolation", "-r", str(folder / "lock" / "source.txt")]
-        running.stream([*base, *source], _todo)
+    locks = {name: (folder / "lock" / f"{name}.txt").read_text() for name in ("build", "wheels", "source")}
+    allowed = set(_HASH.findall("".join(locks.values())))
+    present = {f"sha256:{digest.of_file(path)}": path for path in (folder / "wheels").iterdir()}
+    for found in present.keys() - allowed:
+        present.pop(found).unlink()
+    missing = {
+        name: [entry for entry in _entries(text) if not present.keys() & set(_HASH.findall(entry))]
+        for name, text in locks.items()
+    }
+    log.info("fetching %d distributions into %s", sum(map(len, missing.values())), folder / "wheels")
+    for name, entries in missing.items():
+        if entries:
+            _download(entries, folder / "wheels", built=name == "source")
+
+
+def _download(entries: Sequence[str], wheels: Path, built: bool) -> None:
+    command = [sys.executable, "-m", "pip", "download", "--disable-pip-version-check", "--progress-bar=off"]
+    command += ["--quiet", "--no-deps", "--require-hashes", f"--dest={wheels}"]
+    if built:
+        # pip reads a source archive's metadata by its build backend, which is installed here.
+        command += ["--no-binary=:all:", "--no-build-isolation"]
+    else:
+        command += ["--only-binary=:all:", "--implementation=cp", f"--python-version={PYTHON}"]
+        newest_first = range(_GLIBC_NEWEST, _GLIBC_OLDEST - 1, -1)
+        command += [f"--platform=manylinux_2_{minor}_x86_64" for minor in newest_first]
+        command += ["--platform=manylinux2014_x86_64", "--platform=linux_x86_64"]
+    with tempfile.NamedTemporaryFile("w", suffix=".txt") as file:
+        file.write("".join(entries))
+        file.flush()
+        running.stream([*command, f"--requirement={file.name}"], _todo)
 
 
 def _todo(text: str) -> str:

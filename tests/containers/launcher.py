@@ -1,8 +1,8 @@
 """A run of a compiled pipeline whose tasks are containers of the images, and whose artifacts are in S3.
 
-The engine of tests/pipelines/cluster resolves inputs, conditions and environments as KFP does. Here is what its
-launcher does in the pod: the inputs are downloaded to /s3/<bucket>/..., the executor input takes the place of
-`{{$}}`, the task's command runs, and what it leaves at the outputs' paths is uploaded
+The engine of tests/pipelines/cluster resolves inputs, conditions and environments as KFP does. Here is what
+its launcher does in the pod: the inputs are downloaded to /s3/<bucket>/..., the executor input takes the
+place of `{{$}}`, the task's command runs, and what it leaves at the outputs' paths is uploaded
 (kubeflow/pipelines: backend/src/v2/component/launcher_v2.go). The volumes are those of the compiled platform
 spec and KFP's own /s3 (backend/src/v2/compiler/argocompiler/container.go), and nothing else can be written.
 """
@@ -18,7 +18,7 @@ from typing import Any
 from tests.containers.container import Container
 from tests.pipelines.cluster.engine import Cluster, Run
 
-OUTPUTS = "/tmp/kfp_outputs"
+OUTPUT_FILE = "/tmp/kfp_outputs/output_metadata.json"
 # The engine runs the code of this tree and sets these for it; a container has its image's.
 OF_THIS_MACHINE = ("PATH", "PYTHONPATH", "TMPDIR")
 
@@ -86,7 +86,7 @@ class PodRun(Run):
             "outputs": {
                 "artifacts": {key: {"artifacts": [each]} for key, each in made.items()},
                 "parameters": parameters,
-                "outputFile": f"{OUTPUTS}/output_metadata.json",
+                "outputFile": OUTPUT_FILE,
             },
         }
 
@@ -97,11 +97,9 @@ class PodRun(Run):
             self.s3.download_file(*_place(value["artifacts"][0]["uri"]), str(path))
         for value in given["outputs"]["artifacts"].values():
             pod.outside(_path(value["artifacts"][0]["uri"])).parent.mkdir(parents=True, exist_ok=True)
-        for place in [
-            OUTPUTS,
-            *(Path(v["outputFile"]).parent for v in given["outputs"]["parameters"].values()),
-        ]:
-            pod.outside(str(place)).mkdir(parents=True, exist_ok=True)
+        written = [each["outputFile"] for each in given["outputs"]["parameters"].values()]
+        for path in [given["outputs"]["outputFile"], *written]:
+            pod.outside(path).parent.mkdir(parents=True, exist_ok=True)
         # The launcher is the pod's user, this process is not.
         for path in [*pod.outside("/s3").rglob("*"), *pod.outside("/tmp").rglob("*")]:
             path.chmod(0o777 if path.is_dir() else 0o644)

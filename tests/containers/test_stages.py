@@ -88,9 +88,8 @@ def line(tmp_path_factory, built, contain, pod_environment, s3, server, store_en
     folder = tmp_path_factory.mktemp("pipeline")
     (folder / "in_containers.yaml").write_text(PIPELINE)
     codes = {"cpu": built("cpu").code, "gpu": lock.code_digest("gpu"), "serving": built("serving").code}
-    locked = {
-        name: lock.Image(f"r.example/{name}", f"sha256:{'0' * 64}", code) for name, code in codes.items()
-    }
+    zeros = f"sha256:{'0' * 64}"
+    locked = {name: lock.Image(f"r.example/{name}", zeros, code) for name, code in codes.items()}
     lock.write(locked, folder / "images.json")
     compiled = compile_pipeline(
         str(folder / "in_containers.yaml"), folder / "ir.yaml", images=folder / "images.json"

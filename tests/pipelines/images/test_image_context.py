@@ -91,6 +91,26 @@ def test_a_lock_is_split_into_wheels_and_sources():
     assert source == "b==2 \\\n    --hash=sha256:1\n"
 
 
+def test_only_what_is_missing_is_fetched_and_what_no_lock_names_is_removed(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(context, "_download", lambda entries, wheels, built: asked.append((entries, built)))
+    for name in ("lock", "wheels"):
+        (tmp_path / name).mkdir()
+    for name, text in {"here": "a", "stale": "b"}.items():
+        (tmp_path / "wheels" / f"{name}.whl").write_text(text)
+    here = digest.of_file(tmp_path / "wheels" / "here.whl")
+    gone = "0" * 64
+    for name, text in {
+        "build": "",
+        "wheels": f"a==1 \\\n    --hash=sha256:{gone} \\\n    --hash=sha256:{here}\n",
+        "source": f"b==2 \\\n    --hash=sha256:{gone}\n",
+    }.items():
+        (tmp_path / "lock" / f"{name}.txt").write_text(text)
+    context.fetch(tmp_path)
+    assert asked == [([f"b==2 \\\n    --hash=sha256:{gone}\n"], True)]
+    assert [path.name for path in (tmp_path / "wheels").iterdir()] == ["here.whl"]
+
+
 @pytest.mark.parametrize("image", lock.NAMES)
 def test_each_lock_of_an_image_is_what_the_code_and_the_full_lock_give(image_locks, image):
     assert (context.LOCKS / f"{image}.txt").read_text() == image_locks.image_lock(image), (
