@@ -71,7 +71,7 @@ test-unit: setup  ## run all tests but the end-to-end runs on real models
 	@exec $(BIN)/python -m pytest -m "not e2e"
 
 test-containers: setup  ## build images and run stages and server in containers; needs root, buildah, runc
-	@TUNEYARD_TEST_CONTAINERS=1 exec $(BIN)/python -m pytest tests/containers -o log_cli_level=INFO
+	@TUNEYARD_TEST_CONTAINERS=1 exec $(BIN)/python -m pytest tests/containers --log-cli-level=INFO
 
 lint: setup  ## ruff, mypy, the import contracts and hadolint
 	$(BIN)/ruff check

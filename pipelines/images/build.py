@@ -22,6 +22,9 @@ log = logging.getLogger("tuneyard.images")
 USER = (10001, 10001)
 # What an image is made of; a commit that touches none of it leaves every image as it is.
 _SOURCES = ("components", "serving", "requirements", "docker")
+# What its large layers are made of. Their files have the time of the last commit that touched it, so that new
+# code makes a new layer of half a megabyte and no other.
+_LARGE = ("requirements", "docker/Dockerfile", "docker/venv.sh")
 _NEEDED_GIB = {"cpu": 8, "gpu": 25, "serving": 5}
 
 
@@ -107,7 +110,7 @@ def _check(
 
 
 def source_state() -> tuple[str, int]:
-    """The last commit that touched what images are made of, and its time in seconds.
+    """The last commit that touched what images are made of, and the time of their files in seconds.
 
     SOURCE_DATE_EPOCH takes the place of the time, and of git where there is none.
 
@@ -116,10 +119,9 @@ def source_state() -> tuple[str, int]:
     """
     asked = os.environ.get("SOURCE_DATE_EPOCH", "")
     try:
-        command = ["git", "-C", str(digest.TREE_ROOT), "log", "-1", "--format=%H %ct", "--", *_SOURCES]
-        revision, when = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
-        command = ["git", "-C", str(digest.TREE_ROOT), "status", "--porcelain", "--", *_SOURCES]
-        changed = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+        revision = _git("log", "-1", "--format=%H", "--", *_SOURCES)
+        when = int(_git("log", "-1", "--format=%ct", "--", *_LARGE))
+        changed = _git("status", "--porcelain", "--", *_SOURCES)
     except (OSError, ValueError, subprocess.SubprocessError) as error:
         if not asked.isdigit():
             raise UsageError(
@@ -128,6 +130,11 @@ def source_state() -> tuple[str, int]:
             ) from error
         return "", int(asked)
     return revision + ("-changed" if changed else ""), int(asked or when)
+
+
+def _git(*arguments: str) -> str:
+    command = ["git", "-C", str(digest.TREE_ROOT), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
 
 def _one(tool: Builder, image: str, registry: str, base: str, push: bool, revision: str, epoch: int) -> Built:

@@ -69,11 +69,12 @@ def build(
     command = [builder.program, "build", "--file", str(digest.TREE_ROOT / "docker" / "Dockerfile")]
     command += ["--target", target, "--tag", tag]
     command += [f"--build-arg=BASE={base}"] if base else []
+    command.append(f"--build-arg=SOURCE_DATE_EPOCH={epoch}")
     command += [f"--label={name}={value}" for name, value in labels.items()]
     environment = {}
     if builder.name == "docker":
         # BuildKit takes SOURCE_DATE_EPOCH for the image's own time; it leaves those of files that RUN wrote.
-        command += [f"--build-arg=SOURCE_DATE_EPOCH={epoch}", "--progress=plain"]
+        command.append("--progress=plain")
         environment = {"DOCKER_BUILDKIT": "1"}
     else:
         # No network of the container's own: rootless and in nested machines there often is none to be had.
