@@ -105,7 +105,8 @@ def test_a_second_build_gives_the_same_layers(built, base):
     dockerfile = digest.TREE_ROOT / "docker" / "Dockerfile"
     buildah(
         "build", "--no-cache", "--layers", f"--timestamp={epoch}", "--network=host", "--target=serving",
-        f"--build-arg=BASE={base}", f"--build-arg=SOURCE_DATE_EPOCH={epoch}", "--file", str(dockerfile), "--tag", again, str(folder),
+        f"--build-arg=BASE={base}", f"--build-arg=SOURCE_DATE_EPOCH={epoch}",
+        "--file", str(dockerfile), "--tag", again, str(folder),
     )  # fmt: skip
     ids = json.loads(buildah("inspect", "--type", "image", again))["OCIv1"]["rootfs"]["diff_ids"]
     buildah("rmi", again)

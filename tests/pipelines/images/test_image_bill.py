@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -125,3 +127,18 @@ def test_hadolint_finds_nothing_in_any_dockerfile():
 def test_docker_never_becomes_a_package():
     """It would shadow the docker SDK, which kfp imports."""
     assert not list((digest.TREE_ROOT / "docker").rglob("*.py"))
+
+
+def test_every_command_of_the_page_on_images_is_one_that_make_takes():
+    text = (digest.TREE_ROOT / "docs" / "containers.md").read_text()
+    lines = re.findall(r"^    (make .*)$", text, re.MULTILINE)
+    assert len(lines) >= 5
+    makefile = (digest.TREE_ROOT / "Makefile").read_text()
+    for line in lines:
+        words = shlex.split(line)[1:]
+        done = subprocess.run(["make", "-n", *words], cwd=digest.TREE_ROOT, capture_output=True, text=True)
+        assert done.returncode == 0, f"{line}: {done.stderr}"
+        rule = re.search(rf"^{words[0]}:.*?(?=^\S|\Z)", makefile, re.MULTILINE | re.DOTALL)
+        names = [word.split("=")[0] for word in words[1:]]
+        unknown = [name for name in names if not re.search(rf"\$\$\{{?{name}\b", rule[0])]
+        assert unknown == [], line
