@@ -29,8 +29,13 @@ OURS = ("components", "serving")
 ENTRY = re.compile(r"^([a-z0-9][a-z0-9.-]*)===?([^\s;]+)(?: ; (.*?))?(?= \\$)", re.MULTILINE)
 VIA = re.compile(r"# via (.*)$", re.MULTILINE)
 INSTALLERS = ("setuptools", "wheel")
-# The pod's command is `python -m kfp.dsl.executor_main`, whatever the stage imports.
-ALWAYS: dict[str, tuple[str, ...]] = {"cpu": ("kfp",), "gpu": ("kfp",), "serving": ()}
+# The pod's command is `python -m kfp.dsl.executor_main`, whatever the stage imports; and MLflow's server, with
+# accounts and on PostgreSQL, runs in the cpu image.
+ALWAYS: dict[str, tuple[str, ...]] = {
+    "cpu": ("kfp", "flask-wtf", "psycopg2-binary"),
+    "gpu": ("kfp",),
+    "serving": (),
+}
 # A training library. The server imports it for a bare adapter alone; what ships is merged by compress.
 NEVER: dict[str, tuple[str, ...]] = {"cpu": (), "gpu": (), "serving": ("peft",)}
 LINUX = {
