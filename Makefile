@@ -10,7 +10,8 @@ MAKEFLAGS += --no-print-directory
 BIN := .venv/bin
 # Values given on make's command line reach the commands through the environment, so that quotes and spaces
 # in them mean nothing to make or the shell. What a shell happens to export under these names is not meant.
-$(foreach name,EXTRA PIPELINE SET TARGET JSON CRON RUN MODEL VERSION Q DELETE KEEP_DAYS,\
+$(foreach name,EXTRA PIPELINE SET TARGET JSON CRON RUN MODEL VERSION Q DELETE KEEP_DAYS \
+  REGISTRY BASE BUILDER PUSH ONLY DEBOOTSTRAP,\
   $(if $(filter command,$(firstword $(origin $(name)))),,$(eval unexport $(name))))
 
 need-%:
@@ -28,6 +29,12 @@ submit: need-PIPELINE setup  ## run a pipeline: PIPELINE=sft_legal [SET="train.m
 
 compile: setup  ## write the KFP IR of PIPELINE=..., or of every file in pipelines/
 	@for spec in $${PIPELINE:-pipelines/*.yaml}; do $(BIN)/tuneyard compile "$$spec" || exit; done
+
+images: setup  ## build the images: [ONLY=cpu] [REGISTRY=... PUSH=1] [BASE=... or DEBOOTSTRAP=1] [BUILDER=podman]
+	@set -f; set --; for image in $$ONLY; do set -- "$$@" --only "$$image"; done; \
+	exec $(BIN)/tuneyard images $${REGISTRY:+--registry "$$REGISTRY"} $${PUSH:+--push} \
+	  $${BASE:+--base "$$BASE"} $${DEBOOTSTRAP:+--base-from-debootstrap} \
+	  $${BUILDER:+--builder "$$BUILDER"} $${JSON:+--json} "$$@"
 
 schedule: setup  ## make a cluster's schedules those of the files; or PIPELINE=sft_legal [CRON="0 3 1 * *"]
 	@exec $(BIN)/tuneyard schedule $${PIPELINE:+"$$PIPELINE"} $${CRON:+--cron "$$CRON"} $${JSON:+--json}
@@ -71,11 +78,15 @@ test-unit: setup  ## run all tests but the end-to-end runs on real models
 test-cluster: setup  ## drive a real cluster, the one of TUNEYARD_KFP_ENDPOINT (docs/kubernetes.md)
 	@exec $(BIN)/python -m pytest tests/cluster -rs
 
-lint: setup  ## ruff, mypy and the import contracts
+test-containers: setup  ## build images and run stages and server in containers; needs root, buildah, runc
+	@TUNEYARD_TEST_CONTAINERS=1 exec $(BIN)/python -m pytest tests/containers --log-cli-level=INFO
+
+lint: setup  ## ruff, mypy, the import contracts and hadolint
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/hadolint docker/Dockerfile
 
 bench: setup  ## run the benchmarks
 	@exec $(BIN)/python -m benchmarks

@@ -4,6 +4,7 @@
     cuda.txt  PyTorch's CUDA build and the CUDA runtime it loads: what a Linux machine takes in place of
               the CPU build when pip knows no place that has it
     gpu.txt   everything with the CUDA build and the `gpu` extra
+    images/   what each image holds, as those pin it (image_locks.py)
 
 The CPU build ("2.13.0+cpu") needs a line of its own. For `torch==2.13.0` with the hashes of both builds
 pip prefers the file whose page states an allowed hash, and so takes the CUDA build past a CPU build that
@@ -23,6 +24,8 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+
+import image_locks
 
 HERE = Path(__file__).resolve().parent
 PROJECT = HERE.parent / "pyproject.toml"
@@ -115,6 +118,14 @@ def cpu_torch(entry: str, version: str, hashes: list[str]) -> str:
     return linux + entry.replace(f"torch=={version}", f"torch=={version} ; sys_platform != 'linux'", 1)
 
 
+def installer(kept: Path) -> str:
+    """A lock of pip itself, which installs the images' distributions."""
+    with tempfile.TemporaryDirectory() as folder:
+        asked = Path(folder, "pip.in")
+        asked.write_text("pip\n")
+        return resolve(asked, kept=kept)
+
+
 def write(name: str, about: str, lines: dict[str, str], source: list[str]) -> None:
     """Writes one lock; `# built from source:` tells requirements/setup.py what has no wheel."""
     header = f"# {about} Made by `make lock`; do not edit.\n"
@@ -125,7 +136,7 @@ def write(name: str, about: str, lines: dict[str, str], source: list[str]) -> No
 
 
 def main() -> None:
-    """Writes the three locks."""
+    """Writes the locks."""
     kept = HERE / "gpu.txt"
     # onnxruntime-gpu replaces onnxruntime: both fill the same folder, and the later one breaks the earlier.
     gpu = entries(resolve_without(["onnxruntime"], "--extra", "gpu", kept=kept))
@@ -145,6 +156,7 @@ def main() -> None:
     write("cpu.txt", "Everything, with PyTorch's CPU build.", cpu, source)
     write("cuda.txt", "PyTorch's CUDA build and the CUDA runtime it loads (Linux).", cuda, source)
     write("gpu.txt", "Everything, with PyTorch's CUDA build and the gpu extra (Linux).", gpu, source)
+    image_locks.main(installer(image_locks.FOLDER / "build.txt"))
 
 
 if __name__ == "__main__":

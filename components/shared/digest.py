@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -28,20 +27,20 @@ def of_file(path: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def _source_files(folders: Iterable[str]) -> list[Path]:
-    files: list[Path] = []
+def source_files(*folders: str) -> list[Path]:
+    """The source files below folders of this tree, and the dependency locks: what `of_folders` is over."""
+    found: list[Path] = []
     for folder in folders:
-        files += [
+        found += [
             p for p in (TREE_ROOT / folder).rglob("*") if p.suffix in (".py", ".jinja", ".html", ".json")
         ]
-    return sorted(files)
+    return sorted(found) + sorted((TREE_ROOT / "requirements").glob("*.txt"))
 
 
 @cache
 def of_folders(*folders: str) -> str:
     """Hex sha256 over the source files below folders of this tree and over the dependency locks."""
-    files = _source_files(folders) + sorted((TREE_ROOT / "requirements").glob("*.txt"))
-    return of_value([[str(path.relative_to(TREE_ROOT)), of_file(path)] for path in files])
+    return of_value([[str(path.relative_to(TREE_ROOT)), of_file(path)] for path in source_files(*folders)])
 
 
 def of_code(stage: str) -> str:

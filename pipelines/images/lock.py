@@ -41,16 +41,24 @@ class Image:
         return f"{self.name}@{self.digest}"
 
 
+def code_folders(image: str) -> tuple[str, ...]:
+    """The folders of this tree that go into an image."""
+    # deploy's key is over the server's code too, so the stages' images hold that as well.
+    return ("serving", "components/shared") if image == "serving" else ("components", "serving")
+
+
 def code_digest(image: str) -> str:
     """Hex sha256 over the code that this tree would put into an image.
 
     Args:
         image: `cpu`, `gpu` or `serving`.
     """
-    # deploy's key is over the server's code too, so the stages' images hold that as well.
-    return digest.of_folders(
-        *(("serving", "components/shared") if image == "serving" else ("components", "serving"))
-    )
+    return digest.of_folders(*code_folders(image))
+
+
+def code_files(image: str) -> list[Path]:
+    """The files that `code_digest` covers, and so all of this tree that goes into an image."""
+    return digest.source_files(*code_folders(image))
 
 
 def read(path: Path | None = None) -> dict[str, Image]:
