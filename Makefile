@@ -3,8 +3,7 @@
 # or a data check stopped the line) call .venv/bin/tuneyard, which these targets only wrap.
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lock submit compile schedule unschedule up down status ui runs ask promote rollback gc \
-  images test test-unit test-cluster test-containers lint bench clean
+.PHONY: help setup lock submit compile schedule unschedule up down status ui runs ask promote rollback gc images test test-unit test-cluster test-containers lint bench clean
 MAKEFLAGS += --no-print-directory
 
 BIN := .venv/bin
@@ -18,7 +17,7 @@ need-%:
 	@test -n "$${$*}" || { echo 'make: $*=... is missing; `make help` shows how it is given' >&2; exit 2; }
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-15s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 setup:  ## make .venv from the lock; EXTRA=gpu for CUDA, PYTHON=... for another Python
 	@sh requirements/setup.sh $${EXTRA:+--extra "$$EXTRA"}

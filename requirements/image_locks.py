@@ -29,7 +29,7 @@ OURS = ("components", "serving")
 ENTRY = re.compile(r"^([a-z0-9][a-z0-9.-]*)===?([^\s;]+)(?: ; (.*?))?(?= \\$)", re.MULTILINE)
 VIA = re.compile(r"# via (.*)$", re.MULTILINE)
 INSTALLERS = ("setuptools", "wheel")
-# The pod's command is `python -m kfp.dsl.executor_main`, whatever the stage imports; and MLflow's server, with
+# The pod's command is `python -m kfp.dsl.executor_main`, whatever the stage imports. MLflow's server, with
 # accounts and on PostgreSQL, runs in the cpu image.
 ALWAYS: dict[str, tuple[str, ...]] = {
     "cpu": ("kfp", "flask-wtf", "psycopg2-binary"),
