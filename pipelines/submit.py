@@ -15,11 +15,20 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from components.shared.errors import EXIT_FAILED, EXIT_INTERRUPTED, TuneyardError, UsageError
+from components.notify import notify
+from components.notify.config import Event
+from components.shared.errors import (
+    EXIT_DONE,
+    EXIT_FAILED,
+    EXIT_INTERRUPTED,
+    EXIT_STOPPED,
+    TuneyardError,
+    UsageError,
+)
 from components.shared.store import Store
 from pipelines import graph, planner
 from pipelines.embedded import platform
-from pipelines.report import Report, gather
+from pipelines.report import Report, explain, gather
 from pipelines.samples import fetch
 from pipelines.spec import PipelineSpec, load
 from pipelines.watch import Watcher
@@ -60,7 +69,20 @@ def run_local(name: str, overrides: Sequence[str] = (), screen: Any = sys.stderr
         with _one_at_a_time(home, spec.name):
             _run(spec, report, home, embedded.serving_url, started, screen)
     report.seconds = round(time.monotonic() - started, 1)
+    _notify(spec, report)
     return report
+
+
+def _notify(spec: PipelineSpec, report: Report) -> None:
+    """Tell the webhook how the run ended; whoever pressed Ctrl-C knows."""
+    if spec.notify is None or report.exit_code == EXIT_INTERRUPTED:
+        return
+    events: dict[int, Event] = {EXIT_DONE: "done", EXIT_STOPPED: "stopped"}
+    text = f"{spec.name}, run {report.run_id}: {report.status} in {report.seconds:,.0f} s\n{explain(report)}"
+    try:
+        notify.tell(spec.notify, notify.Ending(events.get(report.exit_code, "failed"), text.strip()))
+    except TuneyardError as error:
+        log.warning("%s", error)
 
 
 def _run(

@@ -6,7 +6,12 @@ import os
 import shutil
 import uuid
 
+import hypothesis
 import pytest
+
+# The machine is shared: how long an example takes says nothing about the code.
+hypothesis.settings.register_profile("house", deadline=None)
+hypothesis.settings.load_profile("house")
 
 TEXTS = [
     "根据《民法典》第一百八十八条，向人民法院请求保护民事权利的诉讼时效期间为三年。",

@@ -68,13 +68,12 @@ def _why(record: Mapping[str, Any]) -> str:
     return str(TuneyardError(error.get("what", "its record says no more"), error.get("todo", "")))
 
 
-def tell(config: NotifyConfig, run: str, pipeline: str, slot: str, store: Store) -> bool:
+def tell(config: NotifyConfig, ended: Ending) -> bool:
     """Post how a run ended, if it is one of the ends that the settings name. Returns whether it was posted.
 
     Raises:
         TuneyardError: the webhook does not take it.
     """
-    ended = ending(run, pipeline, slot, store)
     if ended.event not in config.on:
         return False
     url = os.environ.get(URL_VARIABLE, "")
@@ -115,7 +114,7 @@ def main(config: NotifyConfig, run: str, pipeline: str, slot: str) -> None:
     """The body of the exit handler. A webhook that is down must not turn a good run into a failed one."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr, force=True)
     try:
-        posted = tell(config, run, pipeline, slot, Store.from_environment())
+        posted = tell(config, ending(run, pipeline, slot, Store.from_environment()))
         log.info("notify: %s", "told" if posted else "nothing to tell")
     except StoreError as error:
         sys.exit(str(error))

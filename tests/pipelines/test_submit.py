@@ -215,3 +215,22 @@ def test_an_interruption_before_the_stages_is_reported(spec, home, store, monkey
     report = submit.run_local(spec, screen=None)
     assert (report.status, report.exit_code, report.stages) == ("interrupted", EXIT_INTERRUPTED, [])
     assert store.read_json(f"runs/{report.run_id}/run.json")["status"] == "interrupted"
+
+
+def test_the_end_of_a_local_run_is_told_as_that_of_a_cluster_run_is(spec, home, store, monkeypatch):
+    told = []
+    monkeypatch.setattr(submit.notify, "_post", lambda url, text: told.append(text))
+    monkeypatch.setenv(submit.notify.URL_VARIABLE, "http://127.0.0.1:1/hook")
+
+    def graph(spec_, report, *_):
+        with pytest.raises(StageStopped):
+            do(spec, report.run_id, store, REFUSING)
+        return "validate failed"
+
+    monkeypatch.setattr(submit, "_run_graph", graph)
+    submit.run_local(spec, screen=None)
+    assert told == []
+    report = submit.run_local(spec, ["notify={}"], screen=None)
+    assert len(told) == 1 and report.run_id in told[0] and "3 of 9 are empty" in told[0]
+    submit.run_local(spec, ["notify.on=[failed]"], screen=None)
+    assert len(told) == 1

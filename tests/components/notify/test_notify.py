@@ -79,9 +79,9 @@ def test_it_posts_what_slack_takes_and_only_the_ends_that_were_asked_for(store, 
     ending(store, ingest=DONE)
     caplog.set_level(logging.DEBUG)
     logging.getLogger("httpx").setLevel(logging.NOTSET)
-    assert notify.tell(NotifyConfig(on=("done",)), "run-1", "sft_legal", "", store) is True
+    assert notify.tell(NotifyConfig(on=("done",)), ending(store)) is True
     assert [list(each) for each in sent] == [["text"]] and "run-1" in sent[0]["text"]
-    assert notify.tell(NotifyConfig(), "run-1", "sft_legal", "", store) is False and len(sent) == 1
+    assert notify.tell(NotifyConfig(), ending(store)) is False and len(sent) == 1
     assert "/services/" not in "".join(r.getMessage() for r in caplog.records if r.name.startswith("httpx"))
 
 
@@ -89,10 +89,10 @@ def test_a_webhook_that_is_busy_is_tried_again_and_one_that_refuses_is_named_by_
     codes, sent = hook
     ending(store, ingest={"status": "running"})
     codes[:] = [503, 429]
-    assert notify.tell(NotifyConfig(), "run-1", "sft_legal", "", store) is True and len(sent) == 3
+    assert notify.tell(NotifyConfig(), ending(store)) is True and len(sent) == 3
     codes[:] = [404]
     with pytest.raises(TuneyardError) as refused:
-        notify.tell(NotifyConfig(), "run-1", "sft_legal", "", store)
+        notify.tell(NotifyConfig(), ending(store))
     assert "127.0.0.1" in str(refused.value) and "404" in str(refused.value)
     assert "secret" not in str(refused.value).replace("Secret tuneyard-notify", "") and len(sent) == 4
 
@@ -103,6 +103,6 @@ def test_a_good_run_stays_good_when_nobody_can_be_told(store, hook, capsys, monk
     ending(store, ingest={"status": "running"})
     notify.main(NotifyConfig(), "run-1", "sft_legal", "")
     monkeypatch.delenv(notify.URL_VARIABLE)
-    assert notify.tell(NotifyConfig(), "run-1", "sft_legal", "", store) is False
+    assert notify.tell(NotifyConfig(), ending(store)) is False
     said = capsys.readouterr().err
     assert "status 404" in said and f"{notify.URL_VARIABLE} is not set" in said
