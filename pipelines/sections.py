@@ -26,6 +26,13 @@ def misfits(raw: Mapping[str, Any]) -> Iterator[tuple[tuple[str, ...], str]]:
     if _has(raw, "deploy") and not _has(raw, "register"):
         yield ("deploy",), "needs a register section: only a registered model is put in service"
     objective = train.get("objective")
+    kind = _section(train, "adapter").get("kind", "lora" if objective == "sft" else "full")
+    if _has(raw, "deploy") and kind == "lora" and not _has(raw, "compress"):
+        # What the server would need to put an adapter on its base is a training library.
+        yield (
+            ("deploy",),
+            "needs a compress section, which merges the adapter: the model server takes whole models",
+        )
     if not isinstance(objective, str) or objective not in _TASKS:
         return
     task, given = _TASKS[objective], str(ingest.get("format"))

@@ -53,6 +53,7 @@ def test_every_shipped_pipeline_loads():
         (GOOD + "  epochs: 1\n  max_steps: 2\n", "epochs (1.0) and max_steps (2) cannot both be set"),
         (GOOD + "deploy:\n", "line 6: deploy: needs a register section"),
         (GOOD + "register: false\ndeploy:\n", "line 7: deploy: needs a register section"),
+        (GOOD + "register:\ndeploy:\n", "line 7: deploy: needs a compress section, which merges the adapter"),
         (GOOD + "split: {ratios: [0.5, 0.1, 0.1]}\n", "must be positive and sum to 1"),
         (
             GOOD.replace("sft", "classification").replace("source:", "format: prompt-completion, source:"),
