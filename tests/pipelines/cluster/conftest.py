@@ -26,6 +26,11 @@ def examples(count, seed=0):
     ]
 
 
+def canary():
+    """A secret that can stand nowhere by chance."""
+    return f"canary{uuid.uuid4().hex}"
+
+
 @pytest.fixture(scope="module")
 def patch():
     with pytest.MonkeyPatch.context() as patch:
@@ -56,9 +61,10 @@ def cluster(store_env, images, tmp_path_factory, patch):
     }
     endpoint.cluster.secrets = {
         "tuneyard-s3": {n: environment[n] for n in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")},
-        "tuneyard-mlflow": {"MLFLOW_TRACKING_USERNAME": "", "MLFLOW_TRACKING_PASSWORD": ""},
+        "tuneyard-mlflow": {"MLFLOW_TRACKING_USERNAME": "stages", "MLFLOW_TRACKING_PASSWORD": canary()},
         "tuneyard-serving": {"TUNEYARD_SERVING_TOKEN": environment["TUNEYARD_SERVING_TOKEN"]},
         "tuneyard-notify": {"TUNEYARD_NOTIFY_URL": ""},
+        "canaries": {f"key-{number}": canary() for number in range(7)},
     }
     for name, value in environment.items():
         patch.setenv(name, value)
@@ -92,7 +98,10 @@ def pipeline(cluster, tiny_encoder, tmp_path_factory):
         "register": {},
         "deploy": {},
         "notify": {"on": ["done", "failed", "stopped", "no-version"]},
-        "hardware": {"retries": 1},
+        "hardware": {
+            "retries": 1,
+            "secrets": {"canaries": {f"key-{number}": f"CANARY_{number}" for number in range(7)}},
+        },
     }
     path = tmp_path_factory.mktemp("pipeline") / "little.yaml"
     path.write_text(yaml.safe_dump(settings))

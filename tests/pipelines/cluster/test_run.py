@@ -17,6 +17,7 @@ from pipelines.cluster import schedules, submitting, versions
 from pipelines.compare import compare
 from pipelines.images import lock
 from pipelines.spec import load
+from tests.pipelines.cluster.conftest import canary
 
 pytestmark = pytest.mark.e2e
 
@@ -38,7 +39,7 @@ def webhook(cluster):
     server = HTTPServer(("127.0.0.1", 0), Hook)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     cluster.cluster.secrets["tuneyard-notify"]["TUNEYARD_NOTIFY_URL"] = (
-        f"http://127.0.0.1:{server.server_port}/x"
+        f"http://127.0.0.1:{server.server_port}/{canary()}"
     )
     yield posted
     server.shutdown()
@@ -68,6 +69,31 @@ def test_the_log_of_every_stage_was_streamed(first):
 def test_somebody_was_told(first, webhook):
     assert [list(each) for each in webhook] == [["text"]]
     assert first.run_id in webhook[0]["text"] and "done" in webhook[0]["text"]
+
+
+def test_no_secret_is_in_a_log_an_artifact_the_compiled_pipeline_or_mlflow(first, cluster, webhook):
+    planted = {name: value for secret in cluster.cluster.secrets.values() for name, value in secret.items()}
+    del planted["MLFLOW_TRACKING_USERNAME"], planted["AWS_ACCESS_KEY_ID"]
+    planted["TUNEYARD_NOTIFY_URL"] = planted["TUNEYARD_NOTIFY_URL"].rsplit("/", 1)[1]
+    assert len(planted) >= 10 and all(len(value) > 15 for value in planted.values())
+    store = Store.from_environment()
+    places = {f"s3:{name}": _body(store, name) for name in store.names("")}
+    folders = [cluster.cluster.folder, Path(first.log).parent]
+    places |= {str(p): p.read_bytes() for folder in folders for p in folder.rglob("*") if p.is_file()}
+    places |= {f"package {name}": repr(package).encode() for name, package in cluster.packages.items()}
+    places["webhook"] = repr(webhook).encode()
+    assert any("mlflow.db" in place for place in places) and any("main.log" in place for place in places)
+    leaks = [
+        (name, place)
+        for name, value in planted.items()
+        for place, body in places.items()
+        if value.encode() in body
+    ]
+    assert leaks == []
+
+
+def _body(store, name):
+    return store.client.get_object(Bucket=store.bucket, Key=store.key(name))["Body"].read()
 
 
 def test_an_unchanged_submit_starts_no_run(first, cluster, pipeline):
