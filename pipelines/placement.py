@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from components.train.trainjob import ASKED, Nodes
 from pipelines.hardware import HardwareConfig, StageHardware
 from pipelines.images.lock import Image
 
@@ -63,24 +64,64 @@ def place(
         images: the locked images.
     """
     asked = hardware.of(stage)
-    # With a TrainJob the GPUs are in its pods, and the stage's own pod only watches.
     elsewhere = stage == "train" and hardware.nodes > 1
-    gpus = 0 if elsewhere else asked.gpus or 0
+    if elsewhere:
+        _training_job(task, pipeline, hardware, images)
+        asked = _watching(asked, hardware)
+    gpus = asked.gpus or 0
     task.set_container_image(images["gpu" if gpus else "cpu"].reference)
     _resources(task, asked, gpus)
     _nodes(task, asked, gpus)
     _environment(task, stage, pipeline, asked)
     _storage(task, asked)
     _policy(task, stage, pipeline, asked)
-    if elsewhere:
-        from kfp import kubernetes
 
-        kubernetes.use_secret_as_volume(task, TRAIN_TOKEN, TRAIN_TOKEN_PATH)
+
+def _training_job(task: Any, pipeline: str, hardware: HardwareConfig, images: Mapping[str, Image]) -> None:
+    """Tell the train stage which nodes it is to ask for, and give it the right to."""
+    from kfp import kubernetes
+
+    asked = hardware.of("train")
+    gpus = asked.gpus or 0
+    secrets = {name: {key: key for key in keys} for name, keys in SECRETS["train"].items()}
+    nodes = Nodes(
+        image=images["gpu"].reference,
+        nodes=hardware.nodes,
+        processes=gpus,
+        gpus=gpus,
+        gpu_resource=asked.gpu_resource or "",
+        cpus=_millicores(asked.cpus),
+        memory=_mebibytes(asked.memory_gib),
+        scratch=_mebibytes(asked.scratch_gib),
+        scratch_class=asked.scratch_class,
+        shared_memory=_mebibytes(asked.shared_memory_gib) if asked.shared_memory_gib else None,
+        node_selector=_labels(asked, gpus),
+        tolerations=tuple(_tolerations(asked, gpus)),
+        labels=_pod_labels("train", pipeline, asked),
+        settings={PLATFORM_CONFIG: PLATFORM_VARIABLES},
+        secrets=secrets | {name: dict(keys) for name, keys in (asked.secrets or {}).items()},
+        volumes=tuple(volume.model_dump() for volume in asked.volumes or ()),
+        image_pull_secrets=asked.image_pull_secrets or (),
+        user=USER,
+        timeout_seconds=round((asked.timeout_hours or 0) * 3600),
+    )
+    task.set_env_variable(ASKED, nodes.model_dump_json(exclude_none=True))
+    kubernetes.use_secret_as_volume(task, TRAIN_TOKEN, TRAIN_TOKEN_PATH)
+
+
+def _watching(asked: StageHardware, hardware: HardwareConfig) -> StageHardware:
+    """What the stage's own pod needs beside a TrainJob: it watches, and carries the model to its commit.
+
+    It is in no queue, which is for the GPUs; and on a spot node it would take the job with it.
+    """
+    idle = dict.fromkeys(("spot", "queue", "priority", "shared_memory_gib", "gpu_product"))
+    anywhere = {"node_selector": hardware.node_selector, "tolerations": hardware.tolerations}
+    return asked.model_copy(update={"gpus": 0, "cpus": 1.0, "memory_gib": 3.0} | idle | anywhere)
 
 
 def _resources(task: Any, asked: StageHardware, gpus: int) -> None:
-    task.set_cpu_request(f"{round((asked.cpus or 0) * 1000)}m")
-    memory = f"{round((asked.memory_gib or 0) * 1024)}Mi"
+    task.set_cpu_request(_millicores(asked.cpus))
+    memory = _mebibytes(asked.memory_gib)
     # Request and limit are one number: a pod that may take more than it asked for is the one that is killed
     # when its neighbours do the same.
     task.set_memory_request(memory)
@@ -90,23 +131,43 @@ def _resources(task: Any, asked: StageHardware, gpus: int) -> None:
         task.set_accelerator_limit(gpus)
 
 
+def _millicores(cpus: float | None) -> str:
+    return f"{round((cpus or 0) * 1000)}m"
+
+
+def _mebibytes(gib: float | None) -> str:
+    return f"{round((gib or 0) * 1024)}Mi"
+
+
 def _nodes(task: Any, asked: StageHardware, gpus: int) -> None:
     from kfp import kubernetes
 
+    for label, value in sorted(_labels(asked, gpus).items()):
+        kubernetes.add_node_selector(task, label, value)
+    for taint in _tolerations(asked, gpus):
+        kubernetes.add_toleration(task, **taint)
+
+
+def _labels(asked: StageHardware, gpus: int) -> dict[str, str]:
+    """Labels that a node must have."""
     labels = dict(asked.node_selector or {})
     if gpus and asked.gpu_product:
         labels["nvidia.com/gpu.product"] = asked.gpu_product
     if asked.spot:
         label, value = _SPOT[asked.spot]
         labels[label] = value
-        kubernetes.add_toleration(task, key=label, operator="Equal", value=value, effect="NoSchedule")
+    return labels
+
+
+def _tolerations(asked: StageHardware, gpus: int) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = []
+    if asked.spot:
+        label, value = _SPOT[asked.spot]
+        found.append({"key": label, "operator": "Equal", "value": value, "effect": "NoSchedule"})
     if gpus:
         # The taint that GPU node pools carry so that nothing else fills them.
-        kubernetes.add_toleration(task, key=asked.gpu_resource, operator="Exists", effect="NoSchedule")
-    for label, value in sorted(labels.items()):
-        kubernetes.add_node_selector(task, label, value)
-    for taint in asked.tolerations or ():
-        kubernetes.add_toleration(task, **taint.model_dump(exclude_none=True))
+        found.append({"key": asked.gpu_resource, "operator": "Exists", "effect": "NoSchedule"})
+    return found + [taint.model_dump(exclude_none=True) for taint in asked.tolerations or ()]
 
 
 def _environment(task: Any, stage: str, pipeline: str, asked: StageHardware) -> None:
@@ -124,7 +185,7 @@ def _environment(task: Any, stage: str, pipeline: str, asked: StageHardware) -> 
 def _storage(task: Any, asked: StageHardware) -> None:
     from kfp import kubernetes
 
-    scratch = f"{round((asked.scratch_gib or 0) * 1024)}Mi"
+    scratch = _mebibytes(asked.scratch_gib)
     if asked.scratch_class:
         kubernetes.add_ephemeral_volume(
             task, "work", "/work", ["ReadWriteOnce"], scratch, storage_class_name=asked.scratch_class
@@ -134,7 +195,7 @@ def _storage(task: Any, asked: StageHardware) -> None:
     kubernetes.empty_dir_mount(task, "tmp", "/tmp", size_limit="2Gi")
     if asked.shared_memory_gib:
         # A container's own /dev/shm has 64 MiB, and NCCL and DataLoader workers die of a bus error in it.
-        size = f"{round(asked.shared_memory_gib * 1024)}Mi"
+        size = _mebibytes(asked.shared_memory_gib)
         kubernetes.empty_dir_mount(task, "shm", "/dev/shm", medium="Memory", size_limit=size)
     for volume in asked.volumes or ():
         kubernetes.mount_pvc(task, volume.claim, volume.path, sub_path=volume.sub_path)
@@ -149,6 +210,11 @@ def _policy(task: Any, stage: str, pipeline: str, asked: StageHardware) -> None:
     kubernetes.set_security_context(task, run_as_user=USER, run_as_group=USER, run_as_non_root=True)
     if asked.image_pull_secrets:
         kubernetes.set_image_pull_secrets(task, list(asked.image_pull_secrets))
+    for label, value in _pod_labels(stage, pipeline, asked).items():
+        kubernetes.add_pod_label(task, label, value)
+
+
+def _pod_labels(stage: str, pipeline: str, asked: StageHardware) -> dict[str, str]:
     labels = {
         "app.kubernetes.io/part-of": "tuneyard",
         "app.kubernetes.io/component": stage,
@@ -158,5 +224,4 @@ def _policy(task: Any, stage: str, pipeline: str, asked: StageHardware) -> None:
         labels["kueue.x-k8s.io/queue-name"] = asked.queue
     if asked.priority:
         labels["kueue.x-k8s.io/priority-class"] = asked.priority
-    for label, value in labels.items():
-        kubernetes.add_pod_label(task, label, value)
+    return labels

@@ -1,7 +1,8 @@
 """Checkpoints that are complete or absent, and hold everything a resume needs; no pickle in them.
 
 A checkpoint is a folder `step-N`: trainable weights, optimizer moments and random state as safetensors, the
-rest as JSON. It is written aside, synced and renamed, so that a folder of that name is a whole one.
+rest as JSON. It is written aside, synced and renamed, so that a folder of that name is a whole one. A training
+of several nodes also keeps it in the store, where `state.json`, which has the other files' digests, comes last.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from components.shared import digest
+from components.shared import digest, s3
+from components.shared.store import Store
 
 log = logging.getLogger("tuneyard.train")
 
@@ -40,8 +42,8 @@ def restore_weights(model: Any, weights: Mapping[str, Any]) -> None:
 
 def save(
     folder: Path, step: int, model: Any, optimizer: Any, best: Mapping[str, Any], state: Any, keep: int
-) -> None:
-    """Write the checkpoint of a step and delete the oldest beyond `keep`.
+) -> Path:
+    """Write the checkpoint of a step and delete the oldest beyond `keep`. Returns its folder.
 
     Args:
         folder: of all checkpoints of this run.
@@ -79,6 +81,7 @@ def save(
     os.replace(aside, folder / f"step-{step}")
     for old in _steps(folder)[keep:]:
         shutil.rmtree(old)
+    return folder / f"step-{step}"
 
 
 def _steps(folder: Path) -> list[Path]:
@@ -123,3 +126,62 @@ def load(path: Path, model: Any, optimizer: Any) -> dict[str, Any]:
         torch.cuda.set_rng_state(states["cuda"])
     best = path / "best.safetensors"
     return dict(load_file(best)) if best.exists() else {}
+
+
+@s3.faults_named("storing a checkpoint")
+def upload(store: Store, prefix: str, path: Path, keep: int) -> None:
+    """Copy a checkpoint to the store, its state last, and delete the oldest there beyond `keep`.
+
+    Args:
+        store: where to.
+        prefix: name in the store under which this training keeps its checkpoints.
+        path: folder of the checkpoint.
+        keep: how many stay.
+    """
+    files = [file for file in sorted(path.iterdir()) if file.name != "state.json"]
+    for file in (*files, path / "state.json"):
+        store.client.upload_file(
+            str(file), store.bucket, store.key(f"{prefix}/{path.name}/{file.name}"), Config=_transfer()
+        )
+    for step in uploaded(store, prefix)[keep:]:
+        forget(store, f"{prefix}/step-{step}")
+
+
+def forget(store: Store, prefix: str) -> None:
+    """Delete what is below a name: first what says that it is whole."""
+    for name in sorted(store.names(f"{prefix}/"), key=lambda name: not name.endswith("/state.json")):
+        store.remove(name)
+
+
+def uploaded(store: Store, prefix: str) -> list[int]:
+    """Steps whose checkpoint in the store has its state, the newest first."""
+    ends = [name.split("/")[-2:] for name in store.names(f"{prefix}/")]
+    return sorted((int(step[5:]) for step, file in ends if file == "state.json"), reverse=True)
+
+
+@s3.faults_named("fetching a checkpoint")
+def fetch(store: Store, prefix: str, step: int, folder: Path) -> bool:
+    """Copy the checkpoint of a step from the store into a folder of checkpoints.
+
+    Returns:
+        Whether it arrived whole; if not, the folder is without it.
+    """
+    aside, path = folder / f".step-{step}", folder / f"step-{step}"
+    for old in (aside, path):
+        shutil.rmtree(old, ignore_errors=True)
+    aside.mkdir(parents=True)
+    for name in store.names(f"{prefix}/step-{step}/"):
+        target = aside / name.rsplit("/", 1)[-1]
+        store.client.download_file(store.bucket, store.key(name), str(target), Config=_transfer())
+    os.replace(aside, path)
+    found = newest(folder)
+    if found is not None and found[0] == path:
+        return True
+    shutil.rmtree(path)
+    return False
+
+
+def _transfer() -> Any:
+    from boto3.s3.transfer import TransferConfig
+
+    return TransferConfig(max_concurrency=4)

@@ -11,6 +11,7 @@ from typing import Any
 
 from components.shared.errors import StageStopped
 from components.train.config import TrainConfig
+from components.train.ranks import Ranks
 
 # Micro-batches are cut from examples sorted by length within this many optimizer updates: little padding,
 # and still a random order.
@@ -124,6 +125,22 @@ def schedule_batches(lengths: Sequence[int], config: TrainConfig) -> list[list[l
     return steps[:wanted]
 
 
-def _micro_batches(indices: Sequence[int], config: TrainConfig) -> list[list[int]]:
+def dealt(batches: Sequence[Sequence[Any]], ranks: Ranks, config: TrainConfig) -> list[list[Any]]:
+    """The micro-batches of one update that this process computes; each example is in those of one process.
+
+    The update stays what the settings say however many processes there are: a pipeline's result must not
+    depend on the machines it ran on. It is its examples that are dealt out.
+
+    Args:
+        batches: [micro-batch] -> examples of the update, alike in length.
+        ranks: the processes.
+        config: per_device_batch_size.
+    """
+    if ranks.count == 1:
+        return [list(micro) for micro in batches]
+    return _micro_batches(ranks.share([example for micro in batches for example in micro]), config)
+
+
+def _micro_batches(examples: Sequence[Any], config: TrainConfig) -> list[list[Any]]:
     size = config.per_device_batch_size
-    return [list(indices[start : start + size]) for start in range(0, len(indices), size)]
+    return [list(examples[start : start + size]) for start in range(0, len(examples), size)]

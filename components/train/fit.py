@@ -17,8 +17,9 @@ from components.shared.errors import TuneyardError
 from components.shared.progress import Progress
 from components.train import checkpoint
 from components.train.config import TrainConfig
-from components.train.data import schedule_batches
+from components.train.data import dealt, schedule_batches
 from components.train.objectives import Objective
+from components.train.ranks import ALONE, Ranks
 
 log = logging.getLogger("tuneyard.train")
 
@@ -81,7 +82,11 @@ def autocast(precision: causal.Precision) -> Any:
 
 
 def eval_loss(
-    objective: Objective, encoded: Sequence[Any], config: TrainConfig, precision: causal.Precision
+    objective: Objective,
+    encoded: Sequence[Any],
+    config: TrainConfig,
+    precision: causal.Precision,
+    ranks: Ranks = ALONE,
 ) -> float:
     """Mean loss in nats over the terms of these examples."""
     import torch
@@ -90,10 +95,10 @@ def eval_loss(
     total = 0.0
     budget = config.per_device_batch_size * config.max_length
     with clock.arithmetic(), torch.inference_mode(), autocast(precision):
-        for indices in causal.by_length([len(e) for e in encoded], budget):
+        for indices in ranks.share(list(causal.by_length([len(e) for e in encoded], budget))):
             total += float(objective.summed_loss([encoded[i] for i in indices], 0.0))
     objective.model.train()
-    return total / sum(map(objective.terms, encoded))
+    return ranks.sum(total) / sum(map(objective.terms, encoded))
 
 
 def fit(
@@ -104,6 +109,8 @@ def fit(
     precision: causal.Precision,
     folder: Path,
     report: Callable[[list[dict[str, float]], bool], None],
+    ranks: Ranks = ALONE,
+    saved: Callable[[Path], None] = lambda _: None,
 ) -> Fit:
     """Fit the model; at the end it holds the weights of the best evaluation.
 
@@ -115,12 +122,14 @@ def fit(
         precision: to compute in.
         folder: for checkpoints; the newest whole one in it is gone on from.
         report: receives the history after each update, and at the end with True.
+        ranks: the processes that do this together, each calling this with the same arguments.
+        saved: receives the folder of each checkpoint, in the process that writes.
 
     Raises:
         TuneyardError: the loss is not finite.
     """
     steps = schedule_batches([len(e) for e in train], config)
-    judge = partial(eval_loss, objective, evaluation, config, precision)
+    judge = partial(eval_loss, objective, evaluation, config, precision, ranks)
     optimizer, state, best, start = _begin(folder, objective.model, config, judge)
     every = config.eval_steps or max(1, math.ceil(len(steps) / 10))
     progress = Progress("train", len(steps), "steps", done=start)
@@ -128,8 +137,9 @@ def fit(
     for number in range(start, len(steps)):
         batches = [[train[i] for i in micro] for micro in steps[number]]
         rate = learning_rate(number, len(steps), config)
+        ranks.seed(config.seed, number)
         began = time.monotonic()
-        row = {"step": number + 1, **_update(objective, batches, optimizer, rate, config, precision)}
+        row = {"step": number + 1, **_update(objective, batches, optimizer, rate, config, precision, ranks)}
         seconds += time.monotonic() - began
         tokens += sum(len(e) for micro in batches for e in micro)
         row |= {"time": time.time(), "tokens_per_second": tokens / seconds}
@@ -138,11 +148,12 @@ def fit(
             row["eval_loss"] = judge()
             best = _judge(state, row, objective, best, config)
         state.history.append(row)
-        _show(progress, row, state)
+        if ranks.writes:
+            _show(progress, row, state)
         if state.stopped_early:
             break
-        if (number + 1) % config.checkpoint_steps == 0 and not last:
-            _save(folder, number + 1, objective.model, optimizer, best, state, config)
+        if (number + 1) % config.checkpoint_steps == 0 and not last and ranks.writes:
+            saved(_save(folder, number + 1, objective.model, optimizer, best, state, config))
         report(state.history, False)
     report(state.history, True)
     return _finish(objective.model, best, state)
@@ -172,8 +183,8 @@ def _show(progress: Progress, row: Mapping[str, float], state: Fit) -> None:
 
 def _save(
     folder: Path, step: int, model: Any, optimizer: Any, best: Any, state: Fit, config: TrainConfig
-) -> None:
-    checkpoint.save(folder, step, model, optimizer, best, asdict(state), config.keep_checkpoints)
+) -> Path:
+    return checkpoint.save(folder, step, model, optimizer, best, asdict(state), config.keep_checkpoints)
 
 
 def _begin(
@@ -218,29 +229,32 @@ def _update(
     rate: float,
     config: TrainConfig,
     precision: causal.Precision,
+    ranks: Ranks = ALONE,
 ) -> dict[str, float]:
     """One optimizer update; the loss is the mean over all terms of all its micro-batches.
 
     Each micro-batch divides its sum by the terms of the whole update, so k micro-batches give the gradient of
-    one batch however the terms are spread over them. Returns loss (nats), learning_rate and grad_norm (before
-    clipping).
+    one batch however the terms are spread over them, and over processes. Returns loss (nats), learning_rate and
+    grad_norm (before clipping).
     """
     import torch
 
     terms = sum(objective.terms(e) for micro in batches for e in micro)
     loss = 0.0
-    for micro in batches:
+    for micro in dealt(batches, ranks, config):
         with clock.arithmetic():
             with autocast(precision):
                 part = objective.summed_loss(micro, config.label_smoothing) / terms
             part.backward()
             loss += float(part.detach())
+    loss = ranks.sum(loss)
     if not math.isfinite(loss):
         raise TuneyardError(
             f"train: the loss is {loss} at learning rate {rate:.2e} in {precision}",
             "lower train.learning_rate, or set train.precision: float32",
         )
     weights = list(checkpoint.trainable(objective.model).values())
+    ranks.add_gradients(weights)
     for group in optimizer.param_groups:
         group["lr"] = rate
     with clock.arithmetic():

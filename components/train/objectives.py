@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,8 +11,12 @@ from typing import Any, Protocol
 
 from components.shared import causal, chat
 from components.shared.causal import Encoded
+from components.shared.errors import TuneyardError
 from components.shared.loss import summed_cross_entropy
+from components.train import checkpoint
 from components.train.config import TrainConfig
+
+log = logging.getLogger("tuneyard.train")
 
 
 class Objective(Protocol):
@@ -170,6 +175,36 @@ def apply_adapter(objective: Objective, config: TrainConfig) -> None:
     objective.model = get_peft_model(objective.model, lora)
     # A path of this machine has no place in the artifact; the base is named as the pipeline file names it.
     objective.model.peft_config["default"].base_model_name_or_path = config.base_model
+
+
+def weight_counts(objective: Objective, config: TrainConfig) -> tuple[int, int]:
+    """(trainable, all) weights, after asserting that what the adapter promises is what moves.
+
+    Raises:
+        TuneyardError: LoRA would train more than a tenth of the weights, or full fine-tuning not all.
+    """
+    weights = checkpoint.trainable(objective.model)
+    moving = sum(weight.numel() for weight in weights.values())
+    total = sum(weight.numel() for weight in objective.model.parameters())
+    if config.adapter.kind == "full" and moving != total:
+        raise TuneyardError(
+            f"full fine-tuning would move {moving:,} of {total:,} weights", "report this model class"
+        )
+    if config.adapter.kind == "lora":
+        # A classifier's head is new, so it moves whole beside the adapter.
+        foreign = [name for name in weights if "lora_" not in name and "modules_to_save" not in name]
+        if foreign or not weights:
+            raise TuneyardError(
+                f"LoRA would move {len(weights)} tensors, {len(foreign)} the base's own: {foreign[:5]}",
+                "set train.adapter: {kind: full} if that is meant",
+            )
+        if moving > total // 10:
+            log.warning(
+                "train: LoRA of rank %d moves %.0f%% of this small model",
+                config.adapter.rank,
+                100 * moving / total,
+            )
+    return moving, total
 
 
 def template_probe(objective: Objective, config: TrainConfig) -> dict[str, Any] | None:

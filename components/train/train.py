@@ -5,16 +5,19 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import os
 import random
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
 from typing import Any, Literal
 
 from components.shared import causal, jsonl, sources, tracking
 from components.shared.errors import StageStopped, TuneyardError
 from components.shared.modelcard import BaseModelRef, ModelCard
 from components.shared.stage import Artifact, Context, Result
-from components.train import checkpoint, curves
+from components.train import checkpoint, curves, job
 from components.train.config import TrainConfig
 from components.train.data import Ledger, fit_lengths
 from components.train.fit import Fit, fit
@@ -25,7 +28,10 @@ from components.train.objectives import (
     apply_adapter,
     choose_attention,
     template_probe,
+    weight_counts,
 )
+from components.train.ranks import ALONE, Ranks
+from components.train.trainjob import ASKED, Nodes
 
 log = logging.getLogger("tuneyard.train")
 
@@ -85,36 +91,6 @@ def _known_labels(rows: Sequence[dict[str, Any]], objective: Objective) -> list[
     return [row for row in rows if row["label"] in objective.labels]
 
 
-def _weight_counts(objective: Objective, config: TrainConfig) -> tuple[int, int]:
-    """(trainable, all) weights, after asserting that what the adapter promises is what moves.
-
-    Raises:
-        TuneyardError: LoRA would train more than a tenth of the weights, or full fine-tuning not all.
-    """
-    weights = checkpoint.trainable(objective.model)
-    moving = sum(weight.numel() for weight in weights.values())
-    total = sum(weight.numel() for weight in objective.model.parameters())
-    if config.adapter.kind == "full" and moving != total:
-        raise TuneyardError(
-            f"full fine-tuning would move {moving:,} of {total:,} weights", "report this model class"
-        )
-    if config.adapter.kind == "lora":
-        # A classifier's head is new, so it moves whole beside the adapter.
-        foreign = [name for name in weights if "lora_" not in name and "modules_to_save" not in name]
-        if foreign or not weights:
-            raise TuneyardError(
-                f"LoRA would move {len(weights)} tensors, {len(foreign)} the base's own: {foreign[:5]}",
-                "set train.adapter: {kind: full} if that is meant",
-            )
-        if moving > total // 10:
-            log.warning(
-                "train: LoRA of rank %d moves %.0f%% of this small model",
-                config.adapter.rank,
-                100 * moving / total,
-            )
-    return moving, total
-
-
 def _save(objective: Objective, config: TrainConfig, card: ModelCard, context: Context) -> None:
     """Write the model folder: an adapter for a causal LoRA, else whole weights."""
     folder = context.out / "model"
@@ -139,7 +115,11 @@ def _track(
 
 
 def _fit_tracked(
-    objective: Objective, sides: Mapping[str, list[Any]], config: TrainConfig, context: Context, run_id: str
+    fitting: Callable[..., Fit],
+    sides: Mapping[str, list[Any]],
+    config: TrainConfig,
+    context: Context,
+    run_id: str,
 ) -> Fit:
     """Fit with curves and system metrics in MLflow; the MLflow run says how it ended."""
     logged, sent = 0, time.monotonic()
@@ -156,7 +136,7 @@ def _fit_tracked(
         with tracking.system_metrics(run_id):
             precision = causal.preferred_precision(config.precision)
             folder = context.work / "checkpoints"
-            result = fit(objective, sides["train"], sides["eval"], config, precision, folder, report)
+            result = fitting(sides["train"], sides["eval"], config, precision, folder, report)
         tracking.log_metrics(run_id, {"eval_loss": result.base_loss})  # as step 0 of the curve
         ended = "FINISHED"
     except KeyboardInterrupt:
@@ -174,7 +154,33 @@ def _resumed_run(context: Context) -> str:
 
 
 def train(config: TrainConfig, inputs: Mapping[str, Artifact], context: Context) -> Result:
+    """Train in this process, or where TUNEYARD_TRAIN_JOB says so in the nodes of a TrainJob.
+
+    Raises:
+        StageStopped: as `train_here`.
+        TuneyardError: as `train_here`, or the job failed.
+    """
+    asked = os.environ.get(ASKED)
+    if asked:
+        return job.train_as_job(Nodes.model_validate_json(asked), config, inputs, context)
+    return train_here(config, inputs, context)
+
+
+def train_here(
+    config: TrainConfig,
+    inputs: Mapping[str, Artifact],
+    context: Context,
+    ranks: Ranks = ALONE,
+    saved: Callable[[Path], None] = lambda _: None,
+) -> Result:
     """Write `model` (an adapter or whole weights, with its card) and `ledger` (rows cut or dropped, history).
+
+    Args:
+        config: settings.
+        inputs: `train` and `eval`.
+        context: where; of a process that writes nothing, `out` stays empty and the result says nothing.
+        ranks: the processes that train together.
+        saved: receives the folder of each checkpoint.
 
     Raises:
         StageStopped: too many examples are over-long, or there are too few labels.
@@ -186,18 +192,23 @@ def train(config: TrainConfig, inputs: Mapping[str, Artifact], context: Context)
     judged = sorted(_known_labels(rows["eval"], objective), key=lambda row: row["id"])
     rows["eval"] = judged[: config.eval_examples]
     encoded, ledgers = _encode(objective, rows, config)
-    moving, total = _weight_counts(objective, config)
+    moving, total = weight_counts(objective, config)
     base = BaseModelRef(
         uri=config.base_model,
         fingerprint=sources.fingerprint(config.base_model, context.store, "model", config.revision),
         revision=config.revision,
     )
     facts = {"trainable_weights": moving, "total_weights": total, "base_fingerprint": base.fingerprint}
-    run_id = _resumed_run(context) or _track(config, context, inputs, facts)
+    run_id = ""
+    if ranks.writes:
+        run_id = _resumed_run(context) or _track(config, context, inputs, facts)
     context.work.mkdir(parents=True, exist_ok=True)
     (context.work / "mlflow_run").write_text(run_id)
     log.info("train: %d examples, %d of %d weights move", len(encoded["train"]), moving, total)
-    result = _fit_tracked(objective, encoded, config, context, run_id)
+    fitting = partial(fit, objective, ranks=ranks, saved=saved)
+    result = _fit_tracked(fitting, encoded, config, context, run_id)
+    if not ranks.writes:
+        return Result(kinds={})
     whole = config.adapter.kind == "full" or config.objective == "classification"
     card = ModelCard(
         task="causal-lm" if config.objective == "sft" else "classification",
