@@ -1,8 +1,8 @@
 """Checkpoints that are complete or absent, and hold everything a resume needs; no pickle in them.
 
 A checkpoint is a folder `step-N`: trainable weights, optimizer moments and random state as safetensors, the
-rest as JSON. It is written aside, synced and renamed, so that a folder of that name is a whole one. A training
-of several nodes also keeps it in the store, where `state.json`, which has the other files' digests, comes last.
+rest as JSON. It is written aside, synced and renamed, so that a folder of that name is a whole one. A
+training of several nodes also keeps it in the store, where `state.json` with the files' digests comes last.
 """
 
 from __future__ import annotations

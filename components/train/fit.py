@@ -234,8 +234,8 @@ def _update(
     """One optimizer update; the loss is the mean over all terms of all its micro-batches.
 
     Each micro-batch divides its sum by the terms of the whole update, so k micro-batches give the gradient of
-    one batch however the terms are spread over them, and over processes. Returns loss (nats), learning_rate and
-    grad_norm (before clipping).
+    one batch however the terms are spread over them, and over processes. Returns loss (nats),
+    learning_rate and grad_norm (before clipping).
     """
     import torch
 
