@@ -24,6 +24,9 @@ NODE = "node"
 _PORT = 29500
 # Times that torchrun starts all processes again before the job counts as failed; then the stage is retried.
 _RESTARTS = 10
+# torchrun 2.13 keeps one store for all its attempts, where Gloo then finds the addresses of processes that
+# are gone and waits for them. With this each attempt has a store of its own.
+RESTARTABLE = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
 # How long the nodes that are there wait for one that is being replaced: a spot pool needs minutes.
 _JOIN_SECONDS = 1800
 
@@ -79,7 +82,7 @@ def name_of(pipeline: str, key: str) -> str:
 
     The longest name of a pod, `<job>-node-0-<index>-<5 letters>`, must fit in a DNS label of 63 characters.
     """
-    words = "".join(c if c.isalnum() else "-" for c in pipeline.lower())[:24].strip("-")
+    words = "".join(c if c.isalnum() else "-" for c in pipeline.lower())[:22].strip("-")
     return f"tuneyard-{words}-{key[:12]}"
 
 
@@ -153,6 +156,7 @@ def _environment(asked: Nodes, name: str, key: str) -> list[Any]:
         "PET_RDZV_ID": name,
         "PET_RDZV_CONF": f"join_timeout={_JOIN_SECONDS}",
         "PET_MAX_RESTARTS": str(_RESTARTS),
+        **RESTARTABLE,
     }
     variables = [models.IoK8sApiCoreV1EnvVar(name=n, value=v) for n, v in plain.items()]
     for config, keys in asked.settings.items():

@@ -27,7 +27,7 @@ from components.train import checkpoint, job, worker
 from components.train.config import TrainConfig
 from components.train.data import dealt
 from components.train.ranks import ALONE, Ranks
-from components.train.trainjob import KEY
+from components.train.trainjob import KEY, RESTARTABLE
 
 ROOT = Path(__file__).resolve().parents[3]
 ORIGIN = {"file": "corpus.jsonl", "line": 7, "part": "main"}
@@ -64,7 +64,12 @@ def torchrun(processes, *program, **environment):
     """The processes of one node, as a node of a TrainJob starts them."""
     command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={processes}"]
     command += ["--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0", "--local-addr=127.0.0.1"]
-    return [*command, "--max-restarts=3", *program], {**os.environ, "OMP_NUM_THREADS": "1", **environment}
+    return [*command, "--max-restarts=3", *program], {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        **RESTARTABLE,
+        **environment,
+    }
 
 
 # --- as one ---------------------------------------------------------------------------------------
@@ -232,7 +237,7 @@ def test_what_no_attempt_would_change_is_told_to_the_stage(ordered, store, tmp_p
     monkeypatch.setenv(KEY, key)
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     assert worker.main() == EXIT_STOPPED
-    with pytest.raises(StageStopped, match="longer than train.max_length"):
+    with pytest.raises(StageStopped, match=r"longer than train\.max_length"):
         job._raise_if_failed(SimpleNamespace(delete=lambda name: None), "job", context)
 
 

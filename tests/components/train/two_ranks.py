@@ -1,4 +1,4 @@
-"""What each process of test_worker.py's fits runs: the real fit, and once with a mistake in how it adds up."""
+"""What each process of test_worker.py's fits runs: the real fit, or one with a mistake in how it adds up."""
 
 from __future__ import annotations
 
