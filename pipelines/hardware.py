@@ -132,7 +132,7 @@ class HardwareConfig(StageHardware):
     """The `hardware:` section: for every stage, and in `stages` what one of them has otherwise.
 
     Args:
-        nodes: of the training job. More than one: a Kubeflow TrainJob instead of training in the pod.
+        nodes: of the training job. More than one node, or GPU: a Kubeflow TrainJob, not the stage's pod.
         gpus_per_node: of the training job; 0 trains on processors.
         stages: stage -> what differs there.
         keep_days: how long Kubernetes keeps the finished workflow and its pods; the run's record stays.

@@ -64,7 +64,8 @@ def place(
         images: the locked images.
     """
     asked = hardware.of(stage)
-    elsewhere = stage == "train" and hardware.nodes > 1
+    # One process fills one GPU, so two in one node need the same machinery as two nodes.
+    elsewhere = stage == "train" and hardware.nodes * hardware.gpus_per_node > 1
     if elsewhere:
         _training_job(task, pipeline, hardware, images)
         asked = _watching(asked, hardware)

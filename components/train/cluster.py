@@ -23,7 +23,6 @@ log = logging.getLogger("tuneyard.train")
 
 # Where placement.py mounts the token of the account `tuneyard-train`.
 TOKEN = Path("/var/run/secrets/tuneyard/train")
-_GROUP, _VERSION, _PLURAL = "trainer.kubeflow.org", "v1alpha1", "trainjobs"
 _TIMEOUT = (10, 60)
 # An API server that is upgraded or moved is away for minutes; a training that took days must outlast it.
 _OUTAGE_SECONDS = 900.0
@@ -51,9 +50,7 @@ class Cluster:
             from kubernetes.client import ApiException
 
             try:
-                self._jobs().create_namespaced_custom_object(
-                    _GROUP, _VERSION, self.namespace, _PLURAL, dict(body), _request_timeout=_TIMEOUT
-                )
+                self._jobs("create", body=dict(body))
             except ApiException as error:
                 if error.status == 409:
                     return False
@@ -64,39 +61,25 @@ class Cluster:
 
     def job(self, name: str) -> dict[str, Any] | None:
         """A TrainJob as the API has it, or None."""
-
-        def get() -> dict[str, Any]:
-            return dict(
-                self._jobs().get_namespaced_custom_object(
-                    _GROUP, _VERSION, self.namespace, _PLURAL, name, _request_timeout=_TIMEOUT
-                )
-            )
-
-        return self._asked("reading the TrainJob", lambda: _unless_absent(get))
+        return self._asked(
+            "reading the TrainJob", lambda: _unless_absent(lambda: dict(self._jobs("get", name=name)))
+        )
 
     def delete(self, name: str) -> None:
         """End a TrainJob. Its name is free when its pods are gone."""
-
-        def end() -> None:
-            self._jobs().delete_namespaced_custom_object(
-                _GROUP,
-                _VERSION,
-                self.namespace,
-                _PLURAL,
-                name,
-                propagation_policy="Foreground",
-                _request_timeout=_TIMEOUT,
-            )
-
-        self._asked("ending the TrainJob", lambda: _unless_absent(end))
+        self._asked(
+            "ending the TrainJob",
+            lambda: _unless_absent(lambda: self._jobs("delete", name=name, propagation_policy="Foreground")),
+        )
 
     def pods(self, name: str) -> list[Any]:
         """The pods of a TrainJob's nodes, the youngest last."""
 
         def get() -> list[Any]:
+            from kubeflow.trainer.constants import constants
             from kubernetes.client import CoreV1Api
 
-            labels = f"jobset.sigs.k8s.io/jobset-name={name},jobset.sigs.k8s.io/replicatedjob-name={NODE}"
+            labels = f"{constants.JOBSET_NAME_LABEL}={name},{constants.JOBSET_RJOB_NAME_LABEL}={NODE}"
             found = CoreV1Api(self.api).list_namespaced_pod(
                 self.namespace, label_selector=labels, _request_timeout=_TIMEOUT
             )
@@ -127,10 +110,20 @@ class Cluster:
         finally:
             answer.close()
 
-    def _jobs(self) -> Any:
+    def _jobs(self, verb: str, **what: Any) -> Any:
+        """Ask the API of TrainJobs, by the names that the SDK has for it."""
+        from kubeflow.trainer.constants import constants
         from kubernetes.client import CustomObjectsApi
 
-        return CustomObjectsApi(self.api)
+        method = getattr(CustomObjectsApi(self.api), f"{verb}_namespaced_custom_object")
+        return method(
+            constants.GROUP,
+            constants.VERSION,
+            self.namespace,
+            constants.TRAINJOB_PLURAL,
+            _request_timeout=_TIMEOUT,
+            **what,
+        )
 
     def _asked(self, doing: str, ask: Callable[[], Answer]) -> Answer:
         """Ask, and again while the API is away.

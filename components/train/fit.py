@@ -120,7 +120,7 @@ def fit(
         evaluation: encoded examples, judged while fitting.
         config: settings.
         precision: to compute in.
-        folder: for checkpoints; the newest whole one in it is gone on from.
+        folder: for checkpoints; it goes on from the newest whole one there.
         report: receives the history after each update, and at the end with True.
         ranks: the processes that do this together, each calling this with the same arguments.
         saved: receives the folder of each checkpoint, in the process that writes.
@@ -131,25 +131,19 @@ def fit(
     steps = schedule_batches([len(e) for e in train], config)
     judge = partial(eval_loss, objective, evaluation, config, precision, ranks)
     optimizer, state, best, start = _begin(folder, objective.model, config, judge)
+    update = partial(_timed_update, objective, optimizer, len(steps), config, precision, ranks)
     every = config.eval_steps or max(1, math.ceil(len(steps) / 10))
-    progress = Progress("train", len(steps), "steps", done=start)
-    tokens, seconds = 0, 0.0
+    tokens, seconds, progress = 0, 0.0, Progress("train", len(steps), "steps", done=start)
     for number in range(start, len(steps)):
         batches = [[train[i] for i in micro] for micro in steps[number]]
-        rate = learning_rate(number, len(steps), config)
-        ranks.seed(config.seed, number)
-        began = time.monotonic()
-        row = {"step": number + 1, **_update(objective, batches, optimizer, rate, config, precision, ranks)}
-        seconds += time.monotonic() - began
-        tokens += sum(len(e) for micro in batches for e in micro)
+        row, took = update(number, batches)
+        tokens, seconds = tokens + sum(len(e) for micro in batches for e in micro), seconds + took
         row |= {"time": time.time(), "tokens_per_second": tokens / seconds}
         last = number + 1 == len(steps)
         if (number + 1) % every == 0 or last:
-            row["eval_loss"] = judge()
-            best = _judge(state, row, objective, best, config)
+            best = _judge(state, row, objective, best, config, judge())
         state.history.append(row)
-        if ranks.writes:
-            _show(progress, row, state)
+        _show(progress, row, state, ranks)
         if state.stopped_early:
             break
         if (number + 1) % config.checkpoint_steps == 0 and not last and ranks.writes:
@@ -173,7 +167,9 @@ def _finish(model: Any, best: Any, state: Fit) -> Fit:
     return state
 
 
-def _show(progress: Progress, row: Mapping[str, float], state: Fit) -> None:
+def _show(progress: Progress, row: Mapping[str, float], state: Fit, ranks: Ranks) -> None:
+    if not ranks.writes:
+        return
     evaluated = f"{state.best_loss if state.best_step else state.base_loss:.3f}"
     speed = f"{row['tokens_per_second']:.0f} tokens/s"
     progress.advance(loss=f"{row['loss']:.3f}", eval=evaluated, speed=speed)
@@ -204,8 +200,11 @@ def _begin(
     return optimizer, Fit(**found[1]["state"]), best, int(found[1]["step"])
 
 
-def _judge(state: Fit, row: dict[str, float], objective: Objective, best: Any, config: TrainConfig) -> Any:
-    """Update best weights and patience after an evaluation. Returns the best weights."""
+def _judge(
+    state: Fit, row: dict[str, float], objective: Objective, best: Any, config: TrainConfig, eval_loss: float
+) -> Any:
+    """Note an evaluation, and what it does to best weights and patience. Returns the best weights."""
+    row["eval_loss"] = eval_loss
     if not math.isfinite(row["eval_loss"]):
         raise TuneyardError(
             f"train: the eval loss is {row['eval_loss']} after step {row['step']}",
@@ -220,6 +219,24 @@ def _judge(state: Fit, row: dict[str, float], objective: Objective, best: Any, c
         return best
     state.best_loss, state.best_step = row["eval_loss"], int(row["step"])
     return checkpoint.copy_weights(objective.model)
+
+
+def _timed_update(
+    objective: Objective,
+    optimizer: Any,
+    total: int,
+    config: TrainConfig,
+    precision: causal.Precision,
+    ranks: Ranks,
+    number: int,
+    batches: Sequence[Sequence[Any]],
+) -> tuple[dict[str, float], float]:
+    """Update `number` (from 0) of `total`: its row of the history, and the seconds it took."""
+    ranks.seed(config.seed, number)
+    began = time.monotonic()
+    rate = learning_rate(number, total, config)
+    row = {"step": number + 1, **_update(objective, batches, optimizer, rate, config, precision, ranks)}
+    return row, time.monotonic() - began
 
 
 def _update(

@@ -209,20 +209,26 @@ def train_here(
     result = _fit_tracked(fitting, encoded, config, context, run_id)
     if not ranks.writes:
         return Result(kinds={})
+    card = _card(objective, config, base, (moving, total), run_id)
+    _save(objective, config, card, context)
+    return _describe(result, ledgers, card, context, run_id)
+
+
+def _card(
+    objective: Objective, config: TrainConfig, base: BaseModelRef, weights: tuple[int, int], run_id: str
+) -> ModelCard:
     whole = config.adapter.kind == "full" or config.objective == "classification"
-    card = ModelCard(
+    return ModelCard(
         task="causal-lm" if config.objective == "sft" else "classification",
         layout="transformers" if whole else "peft",
         base_model=base,
         labels=list(objective.labels) if isinstance(objective, Classification) else [],
         max_length_tokens=config.max_length,
         template_probe=template_probe(objective, config),
-        trainable_weights=moving,
-        total_weights=total,
+        trainable_weights=weights[0],
+        total_weights=weights[1],
         mlflow_run=run_id,
     )
-    _save(objective, config, card, context)
-    return _describe(result, ledgers, card, context, run_id)
 
 
 def _encode(

@@ -92,10 +92,10 @@ def test_resources(tmp_path, overrides, where, wanted):
 
 def test_gpus_are_for_train_alone_with_their_count_type_taint_and_shared_memory(tmp_path):
     ir, _, configs = compiled(
-        tmp_path, "hardware.gpus_per_node=2", "hardware.gpu_product=NVIDIA-H100-80GB-HBM3"
+        tmp_path, "hardware.gpus_per_node=1", "hardware.gpu_product=NVIDIA-H100-80GB-HBM3"
     )
     asked = container(ir, "train")["resources"]["accelerator"]
-    assert (asked["resourceType"], asked["resourceCount"]) == ("nvidia.com/gpu", "2")
+    assert (asked["resourceType"], asked["resourceCount"]) == ("nvidia.com/gpu", "1")
     assert configs["exec-train"]["nodeSelector"]["labels"] == {
         "nvidia.com/gpu.product": "NVIDIA-H100-80GB-HBM3"
     }
@@ -262,8 +262,9 @@ def test_deploy_waits_for_the_verdict_and_the_exit_handler_for_nothing(tmp_path)
     assert "notify" not in tasks(compiled(tmp_path)[0])
 
 
-def test_several_nodes_leave_the_gpus_to_the_training_job(tmp_path):
-    ir, _, configs = compiled(tmp_path, "hardware.nodes=2", "hardware.gpus_per_node=8")
+@pytest.mark.parametrize("nodes", [1, 2])
+def test_several_gpus_are_left_to_the_training_job(tmp_path, nodes):
+    ir, _, configs = compiled(tmp_path, f"hardware.nodes={nodes}", "hardware.gpus_per_node=8")
     assert "accelerator" not in container(ir, "train")["resources"]
     mounts = {executor: config.get("secretAsVolume", []) for executor, config in configs.items()}
     assert [m["secretName"] for m in mounts.pop("exec-train")] == ["tuneyard-train-token"]

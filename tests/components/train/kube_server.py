@@ -284,6 +284,11 @@ def application(cluster):
         cluster.delete(name)
         return JSONResponse({"kind": "Status", "status": "Success"})
 
+    _pods(app, cluster)
+    return app
+
+
+def _pods(app, cluster):
     @app.get(PODS)
     async def pods(labelSelector: str):
         wanted = re.search(r"jobset-name=([^,]+)", labelSelector)[1]
@@ -307,8 +312,6 @@ def application(cluster):
                 await asyncio.sleep(0.05)
 
         return StreamingResponse(said(), media_type="text/plain")
-
-    return app
 
 
 def certificate(folder):
