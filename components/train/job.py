@@ -20,7 +20,7 @@ from components.shared.errors import EXIT_STOPPED, StageStopped, TuneyardError
 from components.shared.manifest import Manifest
 from components.shared.stage import Artifact, Context, Result
 from components.shared.store import Store
-from components.train import checkpoint, cluster
+from components.train import checkpoint, cluster, keeping
 from components.train.cluster import Cluster
 from components.train.config import TrainConfig
 from components.train.trainjob import Nodes, name_of, trainjob
@@ -33,11 +33,6 @@ _LAST_LINES_SECONDS = 10.0
 # A job that somebody deletes is made again this often: a lost stage pod takes the job it owned with it.
 _VANISHED = 3
 _DOCUMENTS = ("failed.json", "result.json")
-
-
-def folder(key: str) -> str:
-    """Name in the store under which a training of several nodes keeps its documents and checkpoints."""
-    return f"work/train/{key}"
 
 
 def train_as_job(
@@ -100,7 +95,7 @@ def _order(config: TrainConfig, inputs: Mapping[str, Artifact], context: Context
         "inputs": {name: artifact.manifest.to_json() for name, artifact in inputs.items()},
         "code": digest.of_code("train"),
     }
-    context.store.write_json(f"{folder(context.key)}/order.json", order)
+    context.store.write_json(f"{keeping.folder(context.key)}/order.json", order)
 
 
 def _ended(job: Mapping[str, Any]) -> tuple[str, str]:
@@ -118,7 +113,7 @@ def _begin(api: Cluster, name: str, body: Mapping[str, Any], context: Context) -
         job = api.job(name)
         if job is None:
             for document in _DOCUMENTS:
-                context.store.remove(f"{folder(context.key)}/{document}")
+                context.store.remove(f"{keeping.folder(context.key)}/{document}")
             if api.create(body):
                 log.info("train: TrainJob %s of %d nodes made", name, body["spec"]["trainer"]["numNodes"])
                 return
@@ -180,7 +175,7 @@ def _follow(api: Cluster, name: str, body: Mapping[str, Any], context: Context) 
 
 def _raise_if_failed(api: Cluster, name: str, context: Context) -> None:
     """Raise what the training found wrong for good, and end the job, which would only find it again."""
-    failed = context.store.read_json(f"{folder(context.key)}/failed.json")
+    failed = context.store.read_json(f"{keeping.folder(context.key)}/failed.json")
     if failed is None:
         return
     api.delete(name)
@@ -241,15 +236,15 @@ def _show_lines(api: Cluster, name: str, stop: threading.Event) -> None:
 def _collect(context: Context) -> Result:
     """Lay what the job left into `context.out`. Its checkpoints are of no more use."""
     store: Store = context.store
-    found = store.read_json(f"{folder(context.key)}/result.json")
+    found = store.read_json(f"{keeping.folder(context.key)}/result.json")
     if found is None:
         raise TuneyardError(
             f"the TrainJob of key {context.key[:12]} is complete and left no result.json in "
-            f"{store.root}/{folder(context.key)}",
+            f"{store.root}/{keeping.folder(context.key)}",
             "its pods wrote to another TUNEYARD_STORE: see ConfigMap tuneyard-platform; delete it and retry",
         )
-    manifest = Manifest.from_json(found.pop("manifest"), f"{folder(context.key)}/result.json")
+    manifest = Manifest.from_json(found.pop("manifest"), f"{keeping.folder(context.key)}/result.json")
     store.get_tree(manifest, context.out)
-    for step in checkpoint.uploaded(store, folder(context.key)):
-        checkpoint.forget(store, f"{folder(context.key)}/step-{step}")
+    for step in checkpoint.uploaded(store, keeping.folder(context.key)):
+        checkpoint.forget(store, f"{keeping.folder(context.key)}/step-{step}")
     return Result(**found, page=context.out / "page.html")

@@ -17,7 +17,7 @@ from components.shared import causal, jsonl, sources, tracking
 from components.shared.errors import StageStopped, TuneyardError
 from components.shared.modelcard import BaseModelRef, ModelCard
 from components.shared.stage import Artifact, Context, Result
-from components.train import checkpoint, curves, job
+from components.train import checkpoint, curves, job, keeping
 from components.train.config import TrainConfig
 from components.train.data import Ledger, fit_lengths
 from components.train.fit import Fit, fit
@@ -34,6 +34,9 @@ from components.train.ranks import ALONE, Ranks
 from components.train.trainjob import ASKED, Nodes
 
 log = logging.getLogger("tuneyard.train")
+
+# Kubeflow Pipelines sets it in each pod it starts.
+_POD = "KFP_POD_NAME"
 
 _REPORT_SECONDS = 15.0
 
@@ -156,6 +159,8 @@ def _resumed_run(context: Context) -> str:
 def train(config: TrainConfig, inputs: Mapping[str, Artifact], context: Context) -> Result:
     """Train in this process, or where TUNEYARD_TRAIN_JOB says so in the nodes of a TrainJob.
 
+    In a pod of Kubeflow Pipelines checkpoints also go to the store: an attempt's disk goes with its pod.
+
     Raises:
         StageStopped: as `train_here`.
         TuneyardError: as `train_here`, or the job failed.
@@ -163,7 +168,13 @@ def train(config: TrainConfig, inputs: Mapping[str, Artifact], context: Context)
     asked = os.environ.get(ASKED)
     if asked:
         return job.train_as_job(Nodes.model_validate_json(asked), config, inputs, context)
-    return train_here(config, inputs, context)
+    if not os.environ.get(_POD):
+        return train_here(config, inputs, context)
+    keeping.resume(context, ALONE)
+    saved = partial(keeping.keep, context=context, checkpoints=config.keep_checkpoints)
+    result = train_here(config, inputs, context, saved=saved)
+    checkpoint.forget(context.store, keeping.folder(context.key))
+    return result
 
 
 def train_here(

@@ -10,14 +10,14 @@ import os
 import shutil
 import sys
 from dataclasses import asdict
-from pathlib import Path
+from functools import partial
 
 from components.shared import digest
 from components.shared.errors import EXIT_FAILED, StoreError, TuneyardError
 from components.shared.manifest import Manifest
 from components.shared.stage import Artifact, Context, Result, work_folder
 from components.shared.store import Store
-from components.train import checkpoint, job, ranks
+from components.train import keeping, ranks
 from components.train.config import TrainConfig
 from components.train.ranks import Ranks
 from components.train.train import train_here
@@ -38,10 +38,10 @@ def work(key: str, ours: Ranks, store: Store) -> None:
         StageStopped: as `train_here`.
         TuneyardError: as `train_here`; there is no such order, or it is one of other code.
     """
-    order = store.read_json(f"{job.folder(key)}/order.json")
+    order = store.read_json(f"{keeping.folder(key)}/order.json")
     if order is None:
         raise TuneyardError(
-            f"there is no {job.folder(key)}/order.json in {store.root}",
+            f"there is no {keeping.folder(key)}/order.json in {store.root}",
             "the stage that made this job writes to another store: see ConfigMap tuneyard-platform",
         )
     if order["code"] != digest.of_code("train"):
@@ -57,38 +57,11 @@ def work(key: str, ours: Ranks, store: Store) -> None:
     context.out.mkdir(parents=True)
     manifests = {n: Manifest.from_json(text, f"input {n}") for n, text in order["inputs"].items()}
     inputs = {n: Artifact(m, store.get_tree(m, home / "inputs" / n)) for n, m in manifests.items()}
-    _resume(context, ours)
-
-    def saved(path: Path) -> None:
-        checkpoint.upload(store, job.folder(key), path, config.keep_checkpoints)
-        _note_run(context)
-
+    keeping.resume(context, ours)
+    saved = partial(keeping.keep, context=context, checkpoints=config.keep_checkpoints)
     result = train_here(config, inputs, context, ours, saved)
     if ours.writes:
         _hand_over(result, context)
-
-
-def _resume(context: Context, ours: Ranks) -> None:
-    """Lay the newest whole checkpoint of the store into the work folder: the same one in every process."""
-    folder, prefix = context.work / "checkpoints", job.folder(context.key)
-    step = 0
-    if ours.writes:
-        # A node that was killed while it wrote leaves a newer one without its state; that is none.
-        steps = checkpoint.uploaded(context.store, prefix)
-        step = next((s for s in steps if checkpoint.fetch(context.store, prefix, s, folder)), 0)
-        note = context.store.read_json(f"{prefix}/mlflow.json")
-        if step and note:
-            (context.work / "mlflow_run").write_text(note["run"])
-    step = ours.told(step)
-    if step and not ours.writes and not checkpoint.fetch(context.store, prefix, step, folder):
-        # As a fault of the store, for which torchrun starts all processes again.
-        raise StoreError(f"the checkpoint of step {step} arrived damaged in process {ours.rank}")
-
-
-def _note_run(context: Context) -> None:
-    """Remember the MLflow run, so that whoever goes on from this checkpoint goes on with its curves."""
-    run = (context.work / "mlflow_run").read_text()
-    context.store.write_json(f"{job.folder(context.key)}/mlflow.json", {"run": run})
 
 
 def _hand_over(result: Result, context: Context) -> None:
@@ -96,12 +69,12 @@ def _hand_over(result: Result, context: Context) -> None:
     manifest = context.store.put_tree(context.out, "training")
     found = {name: value for name, value in asdict(result).items() if name != "page"}
     found["manifest"] = manifest.to_json()
-    context.store.write_json(f"{job.folder(context.key)}/result.json", found)
+    context.store.write_json(f"{keeping.folder(context.key)}/result.json", found)
 
 
 def _failed(error: TuneyardError, key: str, store: Store) -> None:
     """Tell the stage what no further attempt would change."""
-    store.impatient().write_json(f"{job.folder(key)}/failed.json", error.facts())
+    store.impatient().write_json(f"{keeping.folder(key)}/failed.json", error.facts())
 
 
 def main() -> int:

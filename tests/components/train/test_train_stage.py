@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from types import SimpleNamespace
 
 import pytest
@@ -12,6 +13,7 @@ from components.shared import jsonl
 from components.shared.errors import StageStopped
 from components.shared.modelcard import ModelCard
 from components.shared.stage import Artifact, Context
+from components.train import keeping
 from components.train import train as stage
 from components.train.config import TrainConfig
 from components.train.fit import fit
@@ -140,3 +142,47 @@ def test_gradient_checkpointing_changes_no_gradient(tiny_causal, kind):
     assert gradients[0].keys() == gradients[1].keys() and gradients[0]
     for name, gradient in gradients[0].items():
         torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-5, atol=1e-6)
+
+
+def test_in_a_pod_a_training_goes_on_although_its_disk_is_gone(tiny_encoder, store, tmp_path, monkeypatch):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    config = TrainConfig(
+        objective="classification",
+        base_model=str(tiny_encoder),
+        max_steps=12,
+        per_device_batch_size=4,
+        checkpoint_steps=3,
+        learning_rate=2e-3,
+        precision="float32",
+    )
+
+    def attempt(name, key, keep=keeping.keep):
+        inputs = {}
+        for side, rows in (("train", texts(32)), ("eval", texts(8))):
+            (tmp_path / name / side).mkdir(parents=True)
+            jsonl.write(tmp_path / name / side / "examples.jsonl", rows)
+            inputs[side] = Artifact(SimpleNamespace(digest=side), tmp_path / name / side)
+        disk = tmp_path / name
+        context = Context("run", "tiny", "train", key, store, disk / "out", disk / "work")
+        context.out.mkdir()
+        monkeypatch.setattr(keeping, "keep", keep)
+        result = stage.train(config, inputs, context)
+        return (context.out / "model" / "model.safetensors").read_bytes(), result
+
+    whole, _ = attempt("whole", "a" * 64)
+    monkeypatch.setenv("KFP_POD_NAME", "a-pod")
+    kept, real = [], keeping.keep
+
+    def until_the_node_is_lost(path, context, checkpoints):
+        real(path, context, checkpoints)
+        kept.append(path.name)
+        if len(kept) == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        attempt("lost", "b" * 64, until_the_node_is_lost)
+    shutil.rmtree(tmp_path / "lost")
+    again, result = attempt("again", "b" * 64, lambda path, *rest, **named: kept.append(path.name))
+    assert kept == ["step-3", "step-6", "step-9"]
+    assert again == whole and result.summary["steps"] == 12
+    assert store.names("work/") == []

@@ -23,7 +23,7 @@ from components.shared import jsonl
 from components.shared.errors import EXIT_STOPPED, StageStopped, TuneyardError
 from components.shared.manifest import Manifest
 from components.shared.stage import Artifact, Context
-from components.train import checkpoint, job, worker
+from components.train import checkpoint, job, keeping, worker
 from components.train.config import TrainConfig
 from components.train.data import dealt
 from components.train.ranks import ALONE, Ranks
@@ -163,7 +163,7 @@ def started(key, home):
 
 def model_of(store, key, folder):
     """The weights of a result."""
-    found = store.read_json(f"{job.folder(key)}/result.json")
+    found = store.read_json(f"{keeping.folder(key)}/result.json")
     store.get_tree(Manifest.from_json(found["manifest"], "result"), folder)
     return load_file(folder / "model" / "adapter_model.safetensors"), found
 
@@ -186,7 +186,7 @@ def test_a_killed_process_is_replaced_and_the_weights_are_those_of_an_undisturbe
         ordered(key, **settings)
         process = started(key, tmp_path / key[:4])
         if key == cut:
-            while len(checkpoint.uploaded(store, job.folder(key))) < 2:
+            while len(checkpoint.uploaded(store, keeping.folder(key))) < 2:
                 assert process.poll() is None, (tmp_path / f"{key[:4]}.log").read_text()[-3000:]
                 time.sleep(0.02)
             kill_rank(process, rank)
@@ -198,7 +198,7 @@ def test_a_killed_process_is_replaced_and_the_weights_are_those_of_an_undisturbe
     assert of_cut["metrics"]["eval_loss"] == of_whole["metrics"]["eval_loss"]
     assert of_cut["summary"]["steps"] == 120
     # Three are kept, as of a training on one machine.
-    assert checkpoint.uploaded(store, job.folder(cut)) == [110, 100, 90]
+    assert checkpoint.uploaded(store, keeping.folder(cut)) == [110, 100, 90]
 
 
 # --- checkpoints in the store ---------------------------------------------------------------------
@@ -244,7 +244,7 @@ def test_what_no_attempt_would_change_is_told_to_the_stage(ordered, store, tmp_p
 def test_an_image_of_other_code_does_not_train(ordered, store):
     key = "d" * 64
     ordered(key)
-    name = f"{job.folder(key)}/order.json"
+    name = f"{keeping.folder(key)}/order.json"
     store.write_json(name, store.read_json(name) | {"code": "0" * 64})
     with pytest.raises(TuneyardError, match="the stage has code 000000000000 and this image"):
         worker.work(key, ALONE, store)

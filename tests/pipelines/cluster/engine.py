@@ -185,6 +185,8 @@ class Run(threading.Thread):
             "PATH": f"{Path(sys.executable).parent}:{os.defpath}",
             "PYTHONPATH": str(ROOT),
             "TMPDIR": str(folder / "tmp"),
+            "KFP_POD_NAME": folder.name,
+            "KFP_POD_UID": folder.name,
         }
         for kind, there in (("configMap", self.cluster.config_maps), ("secret", self.cluster.secrets)):
             for source in config.get(f"{kind}AsEnv", []):
