@@ -34,6 +34,8 @@ KINDS = {
     "manifests/": "manifests",
     FOLDER: "objects",
     "runs/": "run records",
+    "work/": "checkpoints",
+    "slots/": "slots",
     USES: "uses",
     DAMAGED: "damaged",
 }

@@ -429,6 +429,20 @@ def test_an_upload_that_nobody_finished_is_aborted_once_it_is_old(lone, monkeypa
     assert transfer._begun(store.client, remote) == ("", [])
 
 
+def test_what_a_training_and_a_schedule_left_goes_by_its_age(lone):
+    store, _, _ = lone
+    names = [
+        f"work/train/{key}/step-3/{file}"
+        for key in ("old", "young")
+        for file in ("state.json", "w.safetensors")
+    ]
+    for name in names:
+        store.write_json(name, {})
+    store.write_json("slots/sft_legal/20260101030000.json", {"id": "run-1"})
+    sweep(store, {name: 5.0 for name in names if "young" in name})
+    assert store.names("work/") == [name for name in names if "young" in name] and store.names("slots/") == []
+
+
 def test_what_is_removed_leaves_the_cache_too(lone):
     store, manifest, _ = lone
     kept = [cache.path_of(store.cache, entry.sha256) for entry in manifest.files]

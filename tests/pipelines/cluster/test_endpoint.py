@@ -16,6 +16,7 @@ from pipelines.cluster import endpoint as endpoints
 from pipelines.cluster import schedules, submitting, versions, watching
 from pipelines.cluster.endpoint import EndpointError
 from pipelines.images import lock
+from pipelines.placement import PLATFORM_VARIABLES
 from pipelines.spec import load
 from tests.pipelines.cluster.kfp_server import Endpoint, serving
 
@@ -44,17 +45,7 @@ def spec(tmp_path):
 def cluster(tmp_path, monkeypatch, images):
     """An endpoint whose pods say their stage's name; no store is configured."""
     endpoint = Endpoint(tmp_path, token="a-token")
-    names = [
-        "AWS_ENDPOINT_URL_S3",
-        "AWS_REGION",
-        "AWS_DEFAULT_REGION",
-        "TUNEYARD_STORE",
-        "TUNEYARD_MLFLOW_ARTIFACTS",
-        "MLFLOW_TRACKING_URI",
-        "MLFLOW_REGISTRY_URI",
-        "TUNEYARD_SERVING_URL",
-    ]
-    endpoint.cluster.config_maps["tuneyard-platform"] = dict.fromkeys(names, "")
+    endpoint.cluster.config_maps["tuneyard-platform"] = dict.fromkeys(PLATFORM_VARIABLES, "")
     endpoint.cluster.secrets = {
         "tuneyard-s3": {"AWS_ACCESS_KEY_ID": "", "AWS_SECRET_ACCESS_KEY": ""},
         "tuneyard-mlflow": {"MLFLOW_TRACKING_USERNAME": "", "MLFLOW_TRACKING_PASSWORD": ""},
