@@ -34,16 +34,16 @@ def compile_pipeline(
     return path
 
 
-def write(spec: PipelineSpec, images: Mapping[str, Image], keys: Mapping[str, str], path: Path) -> None:
+def write(spec: PipelineSpec, images: Mapping[str, Image], caches: Mapping[str, str], path: Path) -> None:
     """Write the IR of a spec for a cluster.
 
     Args:
         spec: the pipeline.
         images: the locked images.
-        keys: stage -> key, of those whose commit is in the store.
+        caches: stage -> KFP's cache key, of those whose commit is in the store.
         path: ends in .yaml.
     """
     from kfp import compiler
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    compiler.Compiler().compile(graph.build(spec, graph.OnACluster(images, keys)), str(path))
+    compiler.Compiler().compile(graph.build(spec, graph.OnACluster(images, caches)), str(path))

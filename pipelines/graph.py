@@ -52,13 +52,13 @@ class OnACluster:
 
     Args:
         images: the locked images.
-        keys: stage -> key, for stages whose commit is in the store: KFP's cache answers for them under that
-            key. The others must run, so KFP's cache is off: its own key knows neither our code nor the bytes
-            behind a URI. A stage looks for its commit itself, so what is done is never done again.
+        caches: stage -> cache key, for stages whose commit is in the store: KFP's cache answers for them. The
+            others must run, so KFP's cache is off: its own key knows neither our code nor the bytes behind a
+            URI. A stage looks for its commit itself, so what is done is never done again.
     """
 
     images: Mapping[str, Image]
-    keys: Mapping[str, str] = field(default_factory=dict)
+    caches: Mapping[str, str] = field(default_factory=dict)
 
 
 def build(spec: PipelineSpec, where: OnThisMachine | OnACluster) -> Any:
@@ -138,8 +138,8 @@ def _place(task: Any, stage: str, spec: PipelineSpec, where: OnThisMachine | OnA
     task.set_display_name(stage)
     task.set_caching_options(False)
     if isinstance(where, OnACluster):
-        if stage in where.keys:
-            task.set_caching_options(True, cache_key=where.keys[stage])
+        if stage in where.caches:
+            task.set_caching_options(True, cache_key=where.caches[stage])
         placement.place(task, stage, spec.name, spec.hardware, where.images)
 
 
@@ -153,6 +153,8 @@ def _notifying(
 
     from components.notify.component import notify
 
-    task = notify(config=spec.notify.model_dump_json(), **_names(spec, where), slot=slot)
+    # KFP's cache answers without a pod, so those stages leave no record of this run.
+    due = ",".join(stage for stage in spec.stages() if stage not in where.caches)
+    task = notify(config=spec.notify.model_dump_json(), **_names(spec, where), slot=slot, stages=due)
     _place(task, "notify", spec, where)
     return dsl.ExitHandler(task, name="stages")

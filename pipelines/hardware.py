@@ -96,9 +96,9 @@ class StageHardware(Settings):
         scratch_class: storage class of /work; None: the node's own disk (emptyDir).
         node_selector: labels that a node must have.
         tolerations: taints that are ignored, besides those of GPU nodes and of `spot`.
-        spot: run on this provider's spot (pre-emptible) nodes; a stage goes on from its last checkpoint.
+        spot: run on this provider's spot (pre-emptible) nodes; training goes on from its last checkpoint.
         retries: attempts after a failed one. A stage that stopped the line stops again at once.
-        retry_seconds: before the first retry; each further one waits twice as long.
+        retry_seconds: before each of them.
         timeout_hours: for one attempt.
         queue: Kueue LocalQueue that admits the pod.
         priority: Kueue WorkloadPriorityClass of the pod.
@@ -167,7 +167,7 @@ class HardwareConfig(StageHardware):
         gpus = self.gpus_per_node if stage == "train" else own.gpus or 0
         needs = _GPU if gpus else _CPU
         asked = {**needs.get(stage, _SMALL), **shared, **own.model_dump(exclude_none=True), "gpus": gpus}
-        if asked.get("spot") and own.retries is None and self.retries is None:
+        if stage == "train" and asked.get("spot") and own.retries is None and self.retries is None:
             asked["retries"] = _SPOT_RETRIES
         return StageHardware.model_validate(_DEFAULTS | asked)
 

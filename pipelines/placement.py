@@ -205,9 +205,13 @@ def _storage(task: Any, asked: StageHardware) -> None:
 def _policy(task: Any, stage: str, pipeline: str, asked: StageHardware) -> None:
     from kfp import kubernetes
 
+    attempt_seconds = round((asked.timeout_hours or 0) * 3600)
     if asked.retries:
-        task.set_retry(asked.retries, f"{asked.retry_seconds}s", 2.0, "3600s")
-    kubernetes.set_timeout(task, round((asked.timeout_hours or 0) * 3600))
+        # Argo counts this from the start of the first attempt, and ends what still runs after it: the hour
+        # that is KFP's default would leave a training of a day without any retry (kubeflow/pipelines#14245).
+        window = (asked.retries + 1) * (attempt_seconds + (asked.retry_seconds or 0))
+        task.set_retry(asked.retries, f"{asked.retry_seconds}s", 1.0, f"{window}s")
+    kubernetes.set_timeout(task, attempt_seconds)
     kubernetes.set_security_context(task, run_as_user=USER, run_as_group=USER, run_as_non_root=True)
     if asked.image_pull_secrets:
         kubernetes.set_image_pull_secrets(task, list(asked.image_pull_secrets))

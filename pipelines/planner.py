@@ -27,11 +27,17 @@ class Planned:
     key: str | None = None
 
 
-def plan(spec: PipelineSpec, store: Store) -> list[Planned]:
+def plan(spec: PipelineSpec, store: Store, effects: bool = True) -> list[Planned]:
     """Walk the stages in order. After the first one that must run, the keys of those it feeds are unknown.
 
     A stage that feeds on nothing that must run may still be done (evaluate does not wait for a new register).
     After a commit that stopped the line nothing is done and nothing is to run: see `stopped`.
+
+    Args:
+        spec: the pipeline.
+        store: with the commits.
+        effects: whether a stage that acts on the world (deploy) is asked if that still holds; from where the
+            model server cannot be reached nobody can say, and a run would be started each time.
     """
     digests: dict[tuple[str, str], str] = {}
     planned: list[Planned] = []
@@ -42,7 +48,7 @@ def plan(spec: PipelineSpec, store: Store) -> list[Planned]:
             key = stage_key(
                 stage, settings, {name: digests[source] for name, source in sources.items()}, store
             )
-            commit = read_commit(stage, key, settings, store)
+            commit = read_commit(stage, key, settings, store, effects)
         if commit:
             # manifests/<digest>.json
             digests |= {(stage, name): uri.rsplit("/", 1)[1][:-5] for name, uri in commit["outputs"].items()}

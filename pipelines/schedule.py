@@ -46,7 +46,7 @@ def faults_of(cron: str) -> list[str]:
 
 def _number(text: str, field: str) -> int | None:
     names = _NAMES.get(field, [])
-    if text.isdigit():
+    if text.isascii() and text.isdigit():
         return int(text)
     least = 1 if field == "month" else 0
     return names.index(text.lower()) + least if text.lower() in names else None

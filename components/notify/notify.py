@@ -6,12 +6,13 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
 
 from components.notify.config import Event, NotifyConfig
+from components.shared.commit import commit_name
 from components.shared.errors import StoreError, TuneyardError
 from components.shared.store import Store
 
@@ -32,11 +33,21 @@ class Ending:
     text: str
 
 
-def ending(run: str, pipeline: str, slot: str, store: Store) -> Ending:
+def ending(run: str, pipeline: str, slot: str, stages: Sequence[str], store: Store) -> Ending:
     """Read the records that the stages of a run left in the store.
 
-    The stages' own records and not KFP's status: they say why, with a gate told from a failure, and a stage
-    that was killed is the one whose record never went beyond `running`.
+    The stages' own records and not KFP's status: they say why, with a gate told from a failure. A stage that
+    was killed is the one whose record never went beyond `running`; one that never got a pod left none.
+
+    Args:
+        run: its id.
+        pipeline: its pipeline.
+        slot: of the schedule; '' for none.
+        stages: that had to leave a record, in order.
+        store: with the records.
+
+    Raises:
+        StoreError: the store does not answer.
     """
     names = [name for name in store.names(f"runs/{run}/") if not name.endswith("/run.json")]
     records = {name.rsplit("/", 1)[1][:-5]: store.read_json(name) or {} for name in names}
@@ -52,15 +63,25 @@ def ending(run: str, pipeline: str, slot: str, store: Store) -> Ending:
     for stage, record in records.items():
         if record.get("status") == "stopped":
             return Ending("stopped", f"{title}: stopped at {stage}\n{_why(record)}")
-    if not records:
-        why = "no stage has left a record: was its image pulled, could its pod be placed, did its driver run?"
-        return Ending("failed", f"{title}: failed before its first stage\n{why}")
+    absent = [stage for stage in stages if stage not in records]
+    if absent and not (absent == ["deploy"] and _needs_no_deploy(records, store)):
+        why = "it left no record: was its image pulled, could its pod be placed, did its driver run?"
+        return Ending("failed", f"{title}: failed before {absent[0]} began\n{why}")
     register = records.get("register")
     if slot and register and register.get("cached"):
         why = "corpus, settings and code are what they were when its newest version was registered"
         return Ending("no-version", f"{title}: registered no new version\n{why}")
     seconds = sum(float(record.get("seconds", 0)) for record in records.values())
     return Ending("done", f"{title}: done, {len(records)} stages in {seconds:,.0f} s")
+
+
+def _needs_no_deploy(records: Mapping[str, Mapping[str, Any]], store: Store) -> bool:
+    """Whether the version that this run registered is not champion, or was registered by an earlier one."""
+    record = records.get("register")
+    if record is None:
+        return True
+    commit = store.read_json(commit_name("register", record["key"]))
+    return commit is not None and not commit["summary"]["champion"]
 
 
 def _why(record: Mapping[str, Any]) -> str:
@@ -76,7 +97,7 @@ def tell(config: NotifyConfig, ended: Ending) -> bool:
     """
     if ended.event not in config.on:
         return False
-    url = os.environ.get(URL_VARIABLE, "")
+    url = os.environ.get(URL_VARIABLE, "").strip()
     if not url:
         log.warning("notify: %s is not set, so nobody is told: %s", URL_VARIABLE, ended.text)
         return False
@@ -95,7 +116,7 @@ def _post(url: str, text: str) -> None:
         time.sleep(0.0 if attempt == 0 else 2.0**attempt)
         try:
             answer = httpx.post(url, json={"text": text}, timeout=_TIMEOUT_SECONDS)
-        except httpx.HTTPError as error:
+        except (httpx.HTTPError, httpx.InvalidURL) as error:
             fault = type(error).__name__
             continue
         if answer.is_success:
@@ -110,13 +131,14 @@ def _post(url: str, text: str) -> None:
     )
 
 
-def main(config: NotifyConfig, run: str, pipeline: str, slot: str) -> None:
+def main(config: NotifyConfig, run: str, pipeline: str, slot: str, stages: Sequence[str]) -> None:
     """The body of the exit handler. A webhook that is down must not turn a good run into a failed one."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr, force=True)
     try:
-        posted = tell(config, ending(run, pipeline, slot, Store.from_environment()))
-        log.info("notify: %s", "told" if posted else "nothing to tell")
+        ended = ending(run, pipeline, slot, stages, Store.from_environment())
     except StoreError as error:
-        sys.exit(str(error))
+        ended = Ending("failed", f"{pipeline}, run {run}: nobody can say how it ended\n{error}")
+    try:
+        log.info("notify: %s", "told" if tell(config, ended) else "nothing to tell")
     except TuneyardError as error:
         log.error("%s", error)

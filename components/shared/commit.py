@@ -52,8 +52,10 @@ def commit_name(stage: str, key: str) -> str:
     return f"stages/{stage}/{key}.json"
 
 
-def read_commit(stage: str, key: str, config: Settings, store: Store) -> dict[str, Any] | None:
-    """The commit of a key whose artifacts are all still there and whose effect lasts, else None."""
+def read_commit(
+    stage: str, key: str, config: Settings, store: Store, effects: bool = True
+) -> dict[str, Any] | None:
+    """The commit of a key whose artifacts are all still there and, with `effects`, whose effect lasts."""
     commit = store.read_json(commit_name(stage, key))
     if commit is None:
         return None
@@ -69,7 +71,7 @@ def read_commit(stage: str, key: str, config: Settings, store: Store) -> dict[st
                 "%s: output %s of key %s is no longer in the store; running again", stage, name, key[:12]
             )
             return None
-    return commit if config.still_true(commit["summary"]) else None
+    return commit if not effects or config.still_true(commit["summary"]) else None
 
 
 def write_commit(commit: dict[str, Any], store: Store) -> dict[str, Any]:

@@ -194,6 +194,8 @@ def perform(
             context = Context(run["id"], run["pipeline"], stage, key, store, work / "out", work)
             commit = _run_verb(verb, config, inputs, context)
             shutil.rmtree(work, ignore_errors=True)
+            for name in store.names(f"work/{stage}/{key}/"):  # what outlasted a lost disk, after the commit
+                store.remove(name)
         seconds = round(time.time() - started, 3)
         status = "stopped" if commit["stop"] else "done"
         record(store, run["id"], stage, status=status, cached=cached, seconds=seconds, key=key)

@@ -172,9 +172,7 @@ def train(config: TrainConfig, inputs: Mapping[str, Artifact], context: Context)
         return train_here(config, inputs, context)
     keeping.resume(context, ALONE)
     saved = partial(keeping.keep, context=context, checkpoints=config.keep_checkpoints)
-    result = train_here(config, inputs, context, saved=saved)
-    checkpoint.forget(context.store, keeping.folder(context.key))
-    return result
+    return train_here(config, inputs, context, saved=saved)
 
 
 def train_here(

@@ -13,6 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from components.shared import digest
 from components.shared.commit import commit_name
 from components.shared.errors import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, UsageError
 from components.shared.store import Store
@@ -73,8 +74,10 @@ def run_cluster(
             gather(report, list(spec.stages()), done, store, _serving_url())
         else:
             keys = {p.stage: p.key for p in planned if p.commit and p.key}
+            # Not the stage's key alone: KFP must not answer with outputs that were remade since.
+            caches = {stage: digest.of_value([key, done[stage]["outputs"]]) for stage, key in keys.items()}
             content = versions.Content(spec.name, list(spec.stages()), keys)
-            report.run_id = start(spec, endpoint, images, content)
+            report.run_id = start(spec, endpoint, images, content, caches)
             log.info("run %s; from anywhere: tuneyard runs attach %s", report.run_id, report.run_id)
             watch(report, content, endpoint, store, screen)
     report.seconds = round(time.monotonic() - started, 1)
@@ -116,7 +119,7 @@ def _plan(spec: PipelineSpec, store: Store | None) -> list[planner.Planned]:
     if store is None:
         return [planner.Planned(stage, None) for stage in spec.stages()]
     fetch.ensure([*spec.ingest.external_uris(), *spec.train.external_uris()], home_dir())
-    return planner.plan(spec, store)
+    return planner.plan(spec, store, effects=bool(_serving_url()))
 
 
 def _settled(planned: Sequence[planner.Planned]) -> bool:
@@ -131,7 +134,11 @@ def _settled(planned: Sequence[planner.Planned]) -> bool:
 
 
 def start(
-    spec: PipelineSpec, endpoint: Endpoint, images: Mapping[str, lock.Image], content: versions.Content
+    spec: PipelineSpec,
+    endpoint: Endpoint,
+    images: Mapping[str, lock.Image],
+    content: versions.Content,
+    caches: Mapping[str, str],
 ) -> str:
     """Upload the pipeline's version and create a run of it. Returns the run's id.
 
@@ -139,7 +146,7 @@ def start(
     """
     import kfp_server_api
 
-    with compiled(spec, images, content.keys) as package:
+    with compiled(spec, images, caches) as package:
         version = versions.upload(endpoint, content, package)
     experiment = versions.experiment(endpoint, spec.name)
     wanted = kfp_server_api.V2beta1Run(
@@ -154,11 +161,13 @@ def start(
 
 
 @contextlib.contextmanager
-def compiled(spec: PipelineSpec, images: Mapping[str, lock.Image], keys: Mapping[str, str]) -> Iterator[Path]:
+def compiled(
+    spec: PipelineSpec, images: Mapping[str, lock.Image], caches: Mapping[str, str]
+) -> Iterator[Path]:
     """The IR of a pipeline, as a file while the context lasts."""
     with tempfile.TemporaryDirectory() as folder:
         package = Path(folder) / f"{spec.name}.yaml"
-        compiling.write(spec, images, keys, package)
+        compiling.write(spec, images, caches, package)
         yield package
 
 
@@ -169,13 +178,11 @@ def attach(run_id: str, endpoint: Endpoint, screen: Any = sys.stderr) -> Report:
         EndpointError: there is no such run.
         UsageError: it is not a run of Tuneyard's.
     """
-    started = time.monotonic()
     run = endpoint.call("Run", "run_service_get_run", run_id)
     content = versions.content_of(endpoint, run)
     report = Report(run_id, content.pipeline)
     with told(report):
         watch(report, content, endpoint, store_or_none(), screen)
-    report.seconds = round(time.monotonic() - started, 1)
     return report
 
 
@@ -219,5 +226,8 @@ def _conclude(report: Report, content: versions.Content, run: Any, store: Store 
         why = run.error.message if run.error and run.error.message else "no stage says why"
         todo = f"see {report.log}, and the run's page in Kubeflow Pipelines (its driver, its pods' events)"
         report.end({"what": f"run {run.run_id} failed: {why}", "todo": todo, "exit_code": EXIT_FAILED})
+    if run.created_at and run.finished_at:
+        report.started = run.created_at.isoformat(timespec="seconds")
+        report.seconds = round((run.finished_at - run.created_at).total_seconds(), 1)
     if store is not None:
         store.write_json(f"runs/{report.run_id}/run.json", asdict(report))

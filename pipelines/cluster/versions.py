@@ -168,12 +168,23 @@ def experiment(endpoint: Endpoint, pipeline: str) -> str:
     method = "experiment_service_list_experiments"
     found = endpoint.every("Experiment", method, "experiments", filter=named, **scope)
     if found:
+        if str(found[0].storage_state) == "ARCHIVED":
+            raise UsageError(
+                f"the experiment {pipeline} at {endpoint.url} is archived, so it takes no run",
+                "restore it on its page in Kubeflow Pipelines",
+            )
         return str(found[0].experiment_id)
     wanted = kfp_server_api.V2beta1Experiment(
         display_name=pipeline, description=f"Runs of the pipeline {pipeline}", **scope
     )
-    made = endpoint.call("Experiment", "experiment_service_create_experiment", wanted)
-    return str(made.experiment_id)
+    try:
+        return str(endpoint.call("Experiment", "experiment_service_create_experiment", wanted).experiment_id)
+    except EndpointError as error:
+        # Another submit was first.
+        found = endpoint.every("Experiment", method, "experiments", filter=named, **scope)
+        if error.status != _CONFLICT or not found:
+            raise
+        return str(found[0].experiment_id)
 
 
 def filter_of(key: str, value: str) -> str:

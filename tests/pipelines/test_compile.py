@@ -175,15 +175,20 @@ def test_a_wish_for_one_stage_reaches_its_pod_alone(wished, wish, where, wanted)
     assert elsewhere != wanted
 
 
-def test_retries_wait_longer_each_time_and_spot_nodes_have_more_of_them(tmp_path):
-    policy = tasks(compiled(tmp_path)[0])["train"]["retryPolicy"]
-    assert policy == {
+def test_a_retry_has_the_time_of_an_attempt_and_training_on_spot_nodes_has_more_of_them(tmp_path):
+    found = tasks(compiled(tmp_path)[0])
+    # Argo counts the window from the first attempt's start: three attempts of 72 hours and their waits.
+    assert found["train"]["retryPolicy"] == {
         "maxRetryCount": 2,
         "backoffDuration": "30s",
-        "backoffFactor": 2.0,
-        "backoffMaxDuration": "3600s",
+        "backoffFactor": 1.0,
+        "backoffMaxDuration": f"{3 * (72 * 3600 + 30)}s",
     }
-    assert tasks(compiled(tmp_path, "hardware.spot=aks")[0])["train"]["retryPolicy"]["maxRetryCount"] == 20
+    spot = tasks(compiled(tmp_path, "hardware.spot=aks")[0])
+    assert (spot["train"]["retryPolicy"]["maxRetryCount"], spot["split"]["retryPolicy"]["maxRetryCount"]) == (
+        20,
+        2,
+    )
     chosen = compiled(tmp_path, "hardware.spot=aks", "hardware.retries=1")[0]
     assert tasks(chosen)["train"]["retryPolicy"]["maxRetryCount"] == 1
     assert "retryPolicy" not in tasks(compiled(tmp_path, "hardware.retries=0")[0])["train"]

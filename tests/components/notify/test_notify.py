@@ -11,15 +11,15 @@ import pytest
 
 from components.notify import notify
 from components.notify.config import NotifyConfig
-from components.shared.errors import TuneyardError
+from components.shared.errors import StoreError, TuneyardError
 
 DONE = {"status": "done", "cached": False, "seconds": 2.0, "key": "k"}
 
 
-def ending(store, slot="", **records):
+def ending(store, slot="", stages=(), **records):
     for stage, record in records.items():
         store.write_json(f"runs/run-1/{stage}.json", {"stage": stage} | record)
-    return notify.ending("run-1", "sft_legal", slot, store)
+    return notify.ending("run-1", "sft_legal", slot, stages or list(records), store)
 
 
 def test_a_failure_is_told_with_its_stage_its_reason_and_what_to_do(store):
@@ -40,8 +40,17 @@ def test_a_gate_is_told_from_a_failure(store):
     assert ended.event == "stopped" and "rouge_l 0.1 is under 0.2" in ended.text
 
 
-def test_a_run_without_any_record_never_got_a_pod(store):
-    assert ending(store).event == "failed" and "its image" in ending(store).text
+@pytest.mark.parametrize("records", [{}, {"ingest": DONE, "validate": DONE}])
+def test_a_stage_without_a_record_never_got_a_pod(store, records):
+    ended = ending(store, stages=["ingest", "validate", "train"], **records)
+    first = "train" if records else "ingest"
+    assert ended.event == "failed" and f"before {first} began" in ended.text and "its image" in ended.text
+
+
+@pytest.mark.parametrize(("champion", "event"), [(False, "done"), (True, "failed")])
+def test_only_a_version_that_is_not_champion_needs_no_deploy(store, champion, event):
+    store.write_json("stages/register/k.json", {"summary": {"champion": champion}})
+    assert ending(store, stages=["register", "deploy"], register=DONE).event == event
 
 
 @pytest.mark.parametrize(
@@ -89,7 +98,7 @@ def test_a_webhook_that_is_busy_is_tried_again_and_one_that_refuses_is_named_by_
     codes, sent = hook
     ending(store, ingest={"status": "running"})
     codes[:] = [503, 429]
-    assert notify.tell(NotifyConfig(), ending(store)) is True and len(sent) == 3
+    assert notify.tell(NotifyConfig(), ending(store, stages=["ingest"])) is True and len(sent) == 3
     codes[:] = [404]
     with pytest.raises(TuneyardError) as refused:
         notify.tell(NotifyConfig(), ending(store))
@@ -97,11 +106,25 @@ def test_a_webhook_that_is_busy_is_tried_again_and_one_that_refuses_is_named_by_
     assert "secret" not in str(refused.value).replace("Secret tuneyard-notify", "") and len(sent) == 4
 
 
+def test_a_store_that_is_down_is_told_too(store, hook, monkeypatch):
+    _, sent = hook
+    monkeypatch.setattr(notify.Store, "names", lambda *_: (_ for _ in ()).throw(StoreError("S3 is down")))
+    notify.main(NotifyConfig(), "run-1", "sft_legal", "", ["ingest"])
+    assert len(sent) == 1 and "S3 is down" in sent[0]["text"]
+
+
+@pytest.mark.parametrize("url", [":abc", "http://127.0.0.1:1/a\x7f b"])
+def test_an_address_that_is_none_is_named_and_ends_nothing(store, hook, monkeypatch, url, capsys):
+    monkeypatch.setenv(notify.URL_VARIABLE, url + "\n")
+    notify.main(NotifyConfig(), "run-1", "sft_legal", "", ["ingest"])
+    assert notify.URL_VARIABLE in capsys.readouterr().err
+
+
 def test_a_good_run_stays_good_when_nobody_can_be_told(store, hook, capsys, monkeypatch):
     codes, _ = hook
     codes[:] = [404]
     ending(store, ingest={"status": "running"})
-    notify.main(NotifyConfig(), "run-1", "sft_legal", "")
+    notify.main(NotifyConfig(), "run-1", "sft_legal", "", ["ingest"])
     monkeypatch.delenv(notify.URL_VARIABLE)
     assert notify.tell(NotifyConfig(), ending(store)) is False
     said = capsys.readouterr().err

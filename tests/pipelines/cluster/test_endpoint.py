@@ -225,7 +225,7 @@ def test_kfps_cache_answers_under_our_key_without_a_pod_and_for_no_other(cluster
 
     def pods_of(keys):
         content = versions.Content(pipeline.name, STAGES, keys)
-        run = submitting.start(pipeline, there, images, content)
+        run = submitting.start(pipeline, there, images, content, keys)
         cluster.going[run].join()
         return {task.name for task in cluster.going[run].tasks if task.pods}
 
