@@ -58,10 +58,15 @@ def _facts(run: str, store: Store) -> dict[str, dict[str, Any]]:
 
 def _commits(run: str, store: Store) -> dict[str, dict[str, Any]]:
     """Stage -> commit: of the stages that the run did, and of those it found done."""
-    report = store.read_json(f"runs/{run}/run.json")
-    if report is None:
-        raise UsageError(f"there is no finished run {run} in {store.root}", "`tuneyard runs` lists them")
+    report = store.read_json(f"runs/{run}/run.json") or {"stages": []}
     keys = {row["name"]: row["key"] for row in report["stages"] if row["key"]}
+    # Of a run that nobody watched to its end there are the records of its stages alone.
+    for name in store.names(f"runs/{run}/"):
+        record = store.read_json(name) or {}
+        if "key" in record:
+            keys[record["stage"]] = record["key"]
+    if not keys:
+        raise UsageError(f"there is no run {run} in {store.root}", "`tuneyard runs` lists them")
     commits = {stage: store.read_json(commit_name(stage, key)) for stage, key in keys.items()}
     return {stage: commit for stage, commit in commits.items() if commit}
 

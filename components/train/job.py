@@ -106,6 +106,13 @@ def _ended(job: Mapping[str, Any]) -> tuple[str, str]:
     return "", ""
 
 
+def _left_something(context: Context) -> bool:
+    """Whether the result of a job that is complete is there, and whole."""
+    name = f"{keeping.folder(context.key)}/result.json"
+    found = context.store.read_json(name)
+    return found is not None and context.store.has_tree(Manifest.from_json(found["manifest"], name))
+
+
 def _begin(api: Cluster, name: str, body: Mapping[str, Any], context: Context) -> None:
     """Find the job of this key, or make it; one that failed is replaced and goes on from its checkpoint."""
     told = False
@@ -120,6 +127,8 @@ def _begin(api: Cluster, name: str, body: Mapping[str, Any], context: Context) -
             continue  # another attempt was faster
         going = job["metadata"].get("deletionTimestamp")
         ended, why = _ended(job)
+        if ended == "Complete" and not _left_something(context):
+            ended, why = "Failed", "what it left is no longer in the store"
         if not going and ended != "Failed":
             log.info("train: TrainJob %s is there already%s", name, ", done" if ended else "; following it")
             return

@@ -19,7 +19,7 @@ from components.shared.errors import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, U
 from components.shared.store import Store
 from pipelines import compile as compiling
 from pipelines import planner
-from pipelines.cluster import versions
+from pipelines.cluster import listing, versions
 from pipelines.cluster.endpoint import Endpoint
 from pipelines.cluster.watching import follow, stages_of
 from pipelines.embedded.services import home_dir
@@ -31,15 +31,6 @@ from pipelines.submit import told
 from pipelines.watch import Watcher
 
 log = logging.getLogger("tuneyard.submit")
-
-# What a report says for the states of KFP, where there is no store to ask.
-_STATUS = {
-    "SUCCEEDED": "done",
-    "FAILED": "failed",
-    "CANCELED": "interrupted",
-    "SKIPPED": "not needed",
-    "RUNNING": "unknown",
-}
 
 
 def run_cluster(
@@ -218,7 +209,7 @@ def _conclude(report: Report, content: versions.Content, run: Any, store: Store 
         gather(report, content.stages, done, store, _serving_url())
     else:
         for stage, now in stages_of(run, content.stages).items():
-            status = _STATUS.get(now.state, "not run")
+            status = listing.STATUS.get(now.state, "not run")
             row = {"name": stage, "status": status, "seconds": 0.0, "cached": False, "key": None}
             row["outputs"] = {}
             report.stages.append(row)
@@ -226,7 +217,7 @@ def _conclude(report: Report, content: versions.Content, run: Any, store: Store 
         why = run.error.message if run.error and run.error.message else "no stage says why"
         todo = f"see {report.log}, and the run's page in Kubeflow Pipelines (its driver, its pods' events)"
         report.end({"what": f"run {run.run_id} failed: {why}", "todo": todo, "exit_code": EXIT_FAILED})
-    if run.created_at and run.finished_at:
+    if run.created_at and run.finished_at and run.finished_at.year > 1970:  # KFP's zero
         report.started = run.created_at.isoformat(timespec="seconds")
         report.seconds = round((run.finished_at - run.created_at).total_seconds(), 1)
     if store is not None:

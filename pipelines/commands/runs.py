@@ -26,19 +26,28 @@ def runs(
     limit: Annotated[int, typer.Option(help="How many, newest first.")] = 20,
     as_json: Json = False,
 ) -> None:
-    """List finished runs: those of the store that TUNEYARD_STORE names, else this machine's."""
+    """List runs: the cluster's where TUNEYARD_KFP_ENDPOINT is set, else those that this machine has ended."""
     if context.invoked_subcommand:
         return
-    store = nearest_store()
-    names = [name for name in store.names("runs/") if name.endswith("/run.json")]
-    found = [document for name in names if (document := store.read_json(name))]
-    newest = sorted(found, key=lambda run: str(run.get("started", "")), reverse=True)[:limit]
+    from pipelines.cluster import endpoint, listing
+
+    cluster = endpoint.configured()
+    newest = listing.runs(cluster, limit) if cluster else _ended(limit)
     if as_json:
         typer.echo(json.dumps(newest, indent=1, ensure_ascii=False))
         return
     for run in newest:
-        model = f"{run['model']['name']} v{run['model']['version']}" if run["model"] else ""
-        typer.echo(f"{run['run_id']:44} {run['status']:11} {run['seconds']:8.1f} s  {model}")
+        model = f"{run['model']['name']} v{run['model']['version']}" if run.get("model") else ""
+        typer.echo(
+            f"{run['run_id']:44} {run['status']:11} {run['seconds']:8.1f} s  {model or run['pipeline']}"
+        )
+
+
+def _ended(limit: int) -> list[dict[str, Any]]:
+    store = nearest_store()
+    names = [name for name in store.names("runs/") if name.endswith("/run.json")]
+    found = [document for name in names if (document := store.read_json(name))]
+    return sorted(found, key=lambda run: str(run.get("started", "")), reverse=True)[:limit]
 
 
 @group.command()

@@ -56,6 +56,19 @@ def test_an_unchanged_stage_is_not_run_again_and_says_so(stage, store):
     assert store.read_json("runs/run-2/ingest.json")["cached"] is True
 
 
+def test_what_outlasted_a_lost_disk_goes_with_the_commit_and_not_before(stage, store):
+    name = "work/ingest/{}/step-3/state.json"
+    commit, _ = stage(Config())
+    store.remove(f"stages/ingest/{commit['key']}.json")
+    store.write_json(name.format(commit["key"]), {})
+    store.write_json(name.format("another"), {})
+    stage(Config())
+    assert store.names("work/") == [name.format("another")]
+    with pytest.raises(TuneyardError, match="99 is too many"):
+        stage(Config(number=99))
+    assert store.names("work/") == [name.format("another")]
+
+
 def test_a_commit_tells_arithmetic_from_the_rest(store):
     def verb(config, inputs, context):
         for _ in range(2):

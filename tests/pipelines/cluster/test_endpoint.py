@@ -13,7 +13,7 @@ import yaml
 
 from components.shared.errors import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, UsageError
 from pipelines.cluster import endpoint as endpoints
-from pipelines.cluster import schedules, submitting, versions, watching
+from pipelines.cluster import listing, schedules, submitting, versions, watching
 from pipelines.cluster.endpoint import EndpointError
 from pipelines.images import lock
 from pipelines.placement import PLATFORM_VARIABLES
@@ -186,6 +186,30 @@ def test_whoever_attaches_sees_what_the_submitter_sees(cluster, spec):
     report = submit(spec)
     other = submitting.attach(report.run_id, endpoints.require(), screen=None)
     assert (other.pipeline, statuses(other), other.exit_code) == ("little_one", statuses(report), EXIT_DONE)
+
+
+def test_runs_lists_what_the_endpoint_has_of_us_watched_or_not(cluster, spec):
+    report = submit(spec)
+    put(spec)
+    fired = cluster.fire(next(iter(cluster.recurring)), datetime(2026, 12, 1, 3, tzinfo=UTC))
+    cluster.going[fired.run_id].join()
+    rows = listing.runs(endpoints.require(), 20)
+    assert [(row["run_id"], row["pipeline"], row["status"]) for row in rows] == [
+        (fired.run_id, "little_one", "done"),
+        (report.run_id, "little_one", "done"),
+    ]
+    assert rows[0]["slot"].startswith("2026-12-01T03") and rows[1]["slot"] is None
+    assert len(listing.runs(endpoints.require(), 1)) == 1
+    for version in cluster.versions.values():
+        version.description = "made by hand"
+    assert listing.runs(endpoints.require(), 20) == []
+
+
+def test_an_archived_experiment_is_named_before_a_run_is_refused(cluster, spec):
+    submit(spec)
+    next(iter(cluster.experiments.values())).storage_state = "ARCHIVED"
+    with pytest.raises(UsageError, match="little_one at .* is archived"):
+        submit(spec)
 
 
 def test_a_run_that_is_not_ours_or_not_there_is_refused(cluster, spec):
