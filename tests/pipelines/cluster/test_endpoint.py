@@ -208,7 +208,7 @@ def test_runs_lists_what_the_endpoint_has_of_us_watched_or_not(cluster, spec):
 def test_an_archived_experiment_is_named_before_a_run_is_refused(cluster, spec):
     submit(spec)
     next(iter(cluster.experiments.values())).storage_state = "ARCHIVED"
-    with pytest.raises(UsageError, match="little_one at .* is archived"):
+    with pytest.raises(UsageError, match=r"little_one at .* is archived"):
         submit(spec)
 
 
