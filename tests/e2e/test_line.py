@@ -42,11 +42,16 @@ def home(tmp_path_factory):
     assert not left, f"down left processes {left}"
 
 
+def shell_of(home):
+    """The environment of a user with this home: other tests of this process have another platform in it."""
+    ours = ("TUNEYARD_", "AWS_", "MLFLOW_")
+    return {k: v for k, v in os.environ.items() if not k.startswith(ours)} | {"TUNEYARD_HOME": str(home)}
+
+
 def tuneyard(home, *arguments, code=0, seconds=900):
     """Run the command as a user would. Returns its standard output."""
     command = [sys.executable, "-m", "pipelines.cli", *arguments]
-    environment = os.environ | {"TUNEYARD_HOME": str(home)}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=seconds)
+    done = subprocess.run(command, env=shell_of(home), capture_output=True, text=True, timeout=seconds)
     assert done.returncode == code, f"exit {done.returncode}\n{done.stdout[-3000:]}\n{done.stderr[-6000:]}"
     return done.stdout if code == 0 or "--json" in arguments else done.stderr
 
@@ -155,8 +160,7 @@ def cut_off(home, spec, settings, cut):
     before = set(home.glob(steps))
     command = [sys.executable, "-m", "pipelines.cli", "submit", spec, "--json"]
     command += [part for setting in settings for part in ("--set", setting)]
-    environment = os.environ | {"TUNEYARD_HOME": str(home)}
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(command, env=shell_of(home), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
     assert until(lambda: set(home.glob(steps)) - before or process.poll() is not None)
     assert process.poll() is None
     cut(process)
