@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import uuid
@@ -19,6 +20,16 @@ TEXTS = [
     "合同自成立时生效，法律另有规定的除外。Contracts take effect when they are formed.",
     "profit rose to 12 mln dlrs vs 3 mln in the first quarter, the company said",
 ]
+
+
+@pytest.fixture(autouse=True)
+def no_log_into_a_closed_stream():
+    """A stage sends the root log to standard error, which pytest closes after the test."""
+    before = list(logging.root.handlers)
+    yield
+    for handler in list(logging.root.handlers):
+        if type(handler) is logging.StreamHandler and handler not in before:
+            logging.root.removeHandler(handler)
 
 
 @pytest.fixture(scope="session")

@@ -45,11 +45,14 @@ def home(tmp_path, store, store_env, monkeypatch):
     """The platform is up already, and no sample is wanted."""
     folder = tmp_path / "home"
     folder.mkdir()
+    # As the command does; a shell starts what runs in the background with Ctrl-C ignored.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     monkeypatch.setattr(submit.platform, "home_dir", lambda: folder)
     monkeypatch.setattr(submit.platform, "preflight", lambda *_, **__: None)
     monkeypatch.setattr(submit.platform, "up", lambda _: SimpleNamespace(serving_url="http://127.0.0.1:1"))
     monkeypatch.setattr(submit.platform, "environment", lambda _: {})
-    return folder
+    yield folder
+    signal.signal(signal.SIGINT, before)
 
 
 def do(spec, run_id, store, verbs):
