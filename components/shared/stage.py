@@ -194,7 +194,7 @@ def perform(
             context = Context(run["id"], run["pipeline"], stage, key, store, work / "out", work)
             commit = _run_verb(verb, config, inputs, context)
             shutil.rmtree(work, ignore_errors=True)
-            for name in store.names(f"work/{stage}/{key}/"):  # what outlasted a lost disk, after the commit
+            for name in store.names(f"work/{stage}/{key}/step-"):  # checkpoints, once they are of no more use
                 store.remove(name)
         seconds = round(time.time() - started, 3)
         status = "stopped" if commit["stop"] else "done"
