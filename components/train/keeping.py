@@ -1,7 +1,7 @@
 """Checkpoints in the store, for a training whose disk may go before it ends: that of a pod.
 
-`work/train/<key>/` has `step-N/`, the newest ones, and `mlflow.json`, the MLflow run that they belong to. Checkpoints
-are removed when the stage has committed.
+`work/train/<key>/` has `step-N/`, the newest ones, and `mlflow.json`, the MLflow run that they belong to.
+Checkpoints are removed when the stage has committed.
 """
 
 from __future__ import annotations
