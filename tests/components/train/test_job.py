@@ -243,7 +243,7 @@ def test_two_nodes_train_as_one_machine_does(run, tiny_causal, monkeypatch, tmp_
 def test_a_retried_stage_finds_the_job_and_a_failed_one_is_replaced(run, tmp_path, caplog):
     with pytest.raises(TuneyardError, match=r"TrainJob tuneyard-tiny-[0-9a-f]{12} failed: JobsFailed"):
         run(leaving(tmp_path, code=5))
-    first = threading.Thread(target=lambda: run(leaving(tmp_path, seconds=3)))
+    first = threading.Thread(target=lambda: run(leaving(tmp_path, seconds=12)))
     first.start()
     while len(run.cluster.bodies) < 2:
         time.sleep(0.05)
