@@ -19,6 +19,9 @@ def main() -> None:
     parser.add_argument(
         "--gib", type=float, default=10.0, help="size of the model of `artifacts`; 10 when absent"
     )
+    parser.add_argument(
+        "--rounds", type=int, default=3, help="rounds of `artifacts`, the least disturbed counts; 3 when absent"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object on stdout")
     given = parser.parse_args()
     unknown = sorted(set(given.names) - set(NAMES))
@@ -28,7 +31,7 @@ def main() -> None:
     for name in given.names or NAMES:
         module, _, argument = name.partition("line_")
         benchmark = importlib.import_module(f"benchmarks.{module or 'line'}")
-        arguments = [argument] if argument else [given.gib] if name == "artifacts" else []
+        arguments = [argument] if argument else [given.gib, given.rounds] if name == "artifacts" else []
         figures[name] = benchmark.run(*arguments)
         RESULTS.mkdir(exist_ok=True)
         (RESULTS / f"{name}.json").write_text(json.dumps(figures[name], indent=1) + "\n")

@@ -5,7 +5,7 @@ hands artifacts from step to step as KFP's launcher does: each step copies its w
 output up. Ours is run twice: with the steps on one node (one cache), and on a node each (an empty cache
 each). All talk to one SeaweedFS, in a bucket of their own that is deleted afterwards, which gives the disk
 back at once. What a step does to its files is not timed, only what it takes until they are stored, and until
-they are there. Ours also verifies what it reads; the peers do not. `--gib` sets the size.
+they are there. Ours also verifies what it reads; the peers do not. `--gib` sets the size, `--rounds` how often.
 """
 
 from __future__ import annotations
@@ -32,7 +32,6 @@ from components.shared.store import Store
 from pipelines.embedded import platform
 
 _SHARDS = 8
-_ROUNDS = 3
 _BLOCK = 2**24
 _CHANGED = "model-3.safetensors"
 
@@ -249,7 +248,7 @@ def _round(model: Path, scratch: Path) -> dict[str, Any]:
     return figures
 
 
-def run(gib: float = 10.0) -> dict[str, Any]:
+def run(gib: float, rounds: int) -> dict[str, Any]:
     """Run all contenders in turn, on one SeaweedFS, in rounds; of each its least disturbed round counts."""
     with tempfile.TemporaryDirectory(prefix="tuneyard-bench-") as folder:
         home, scratch = Path(folder) / "home", Path(folder) / "scratch"
@@ -259,15 +258,15 @@ def run(gib: float = 10.0) -> dict[str, Any]:
             model = scratch / "model"
             _write_model(model, gib)
             limits = _told(_limits(model))
-            rounds = [_round(model, scratch) for _ in range(_ROUNDS)]
+            each_round = [_round(model, scratch) for _ in range(rounds)]
         finally:
             platform.down(home)
-    figures: dict[str, Any] = {"cores": os.cpu_count(), "gib": gib, "rounds": _ROUNDS} | limits
-    names = [key.removesuffix(".seconds") for key in rounds[0] if key.endswith(".seconds")]
+    figures: dict[str, Any] = {"cores": os.cpu_count(), "gib": gib, "rounds": rounds} | limits
+    names = [key.removesuffix(".seconds") for key in each_round[0] if key.endswith(".seconds")]
     for name in names:
-        best = min(rounds, key=lambda each: float(each[f"{name}.seconds"]))
+        best = min(each_round, key=lambda each: float(each[f"{name}.seconds"]))
         figures |= {key: value for key, value in best.items() if key.startswith(f"{name}.")}
-        figures[f"{name}.seconds_of_each_round"] = [each[f"{name}.seconds"] for each in rounds]
+        figures[f"{name}.seconds_of_each_round"] = [each[f"{name}.seconds"] for each in each_round]
     for way in ("one_node", "a_node_each"):
         for peer in ("boto3", "s5cmd", "obstore"):
             ratio = figures[f"{peer}.seconds"] / figures[f"ours_on_{way}.seconds"]
