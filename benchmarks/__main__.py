@@ -20,7 +20,10 @@ def main() -> None:
         "--gib", type=float, default=10.0, help="size of the model of `artifacts`; 10 when absent"
     )
     parser.add_argument(
-        "--rounds", type=int, default=3, help="rounds of `artifacts`, the least disturbed counts; 3 when absent"
+        "--rounds",
+        type=int,
+        default=3,
+        help="rounds of `artifacts`, the least disturbed counts; 3 when absent",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object on stdout")
     given = parser.parse_args()
