@@ -5,8 +5,8 @@ hands artifacts from step to step as KFP's launcher does: each step copies its w
 output up. Ours is run twice: with the steps on one node (one cache), and on a node each (an empty cache
 each). All talk to one SeaweedFS, in a bucket of their own that is deleted afterwards, which gives the disk
 back at once. What a step does to its files is not timed, only what it takes until they are stored, and until
-they are there. Ours also verifies what it reads; the peers do not. `--gib` sets the size, `--rounds` the number
-of rounds.
+they are there. Ours also verifies what it reads; the peers do not. `--gib` sets the size, `--rounds` how
+many rounds there are.
 """
 
 from __future__ import annotations
