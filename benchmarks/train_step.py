@@ -20,8 +20,10 @@ from typing import Any
 
 from components.shared import causal, jsonl, sources
 from components.shared.store import Store
+from components.train.adapters.applying import apply_adapter
 from components.train.config import TrainConfig
-from components.train.objectives import Sft, apply_adapter, choose_attention
+from components.train.objectives.base import choose_attention
+from components.train.objectives.sft import Sft
 from pipelines.embedded import platform
 from pipelines.samples import fetch
 
@@ -40,7 +42,7 @@ def _batches(store: Store, objective: Sft) -> list[list[Any]]:
 
 
 def _ours(objective: Sft, batch: list[Any], precision: causal.Precision) -> float:
-    from components.train.fit import autocast
+    from components.train.update import autocast
 
     with autocast(precision):
         loss = objective.summed_loss(batch, 0.0) / sum(map(objective.terms, batch))

@@ -7,11 +7,10 @@ from typing import Any
 
 from components.evaluate.config import METRICS
 from components.register.config import BETTER
-from components.shared import examples
+from components.shared import examples, tasks
 
 # Each compares the compressed model with the tuned one.
 _OF_COMPRESSION = ("accuracy_drop_points", "throughput_ratio", "size_ratio")
-_TASKS = {"sft": "causal-lm", "classification": "classification"}
 
 
 def misfits(raw: Mapping[str, Any]) -> Iterator[tuple[tuple[str, ...], str]]:
@@ -25,21 +24,27 @@ def misfits(raw: Mapping[str, Any]) -> Iterator[tuple[tuple[str, ...], str]]:
         yield ("ingest", "test_source"), "write it as split.test_source, beside the ratios it changes"
     if _has(raw, "deploy") and not _has(raw, "register"):
         yield ("deploy",), "needs a register section: only a registered model is put in service"
-    objective = train.get("objective")
-    kind = _section(train, "adapter").get("kind", "lora" if objective == "sft" else "full")
+    trait = tasks.trait(train.get("objective"))
+    usual = trait.adapter if trait else "full"
+    adapter = train.get("adapter") or usual
+    kind = adapter.get("kind", usual) if isinstance(adapter, dict) else adapter
     if _has(raw, "deploy") and kind == "lora" and not _has(raw, "compress"):
         # What the server would need to put an adapter on its base is a training library.
         yield (
             ("deploy",),
             "needs a compress section, which merges the adapter: the model server takes whole models",
         )
-    if not isinstance(objective, str) or objective not in _TASKS:
+    if trait is None:
         return
-    task, given = _TASKS[objective], str(ingest.get("format"))
-    if given in examples.REQUIRED and (given == "labelled-text") != (task == "classification"):
-        wanted = "labelled-text" if task == "classification" else "prompt-completion or conversational"
-        yield ("ingest", "format"), f"objective {objective} needs {wanted} data (it is {given!r})"
-    yield from _strange_metrics(raw, task)
+    given = ingest.get("format")
+    if given in examples.REQUIRED and given not in trait.formats:
+        objective = train["objective"]
+        name = objective["kind"] if isinstance(objective, dict) else objective
+        yield (
+            ("ingest", "format"),
+            f"objective {name} needs {' or '.join(trait.formats)} data (it is {given!r})",
+        )
+    yield from _strange_metrics(raw, trait.task)
 
 
 def _strange_metrics(raw: Mapping[str, Any], task: str) -> Iterator[tuple[tuple[str, ...], str]]:
@@ -74,17 +79,14 @@ def fill_in(raw: dict[str, Any]) -> None:
     if ingest.get("columns") is None:
         ingest["columns"] = {}
     columns = _section(ingest, "columns")
-    classifies = train.get("objective") == "classification"
+    trait = tasks.trait(train.get("objective")) or tasks.OBJECTIVES["sft"]
     if "format" not in ingest:
         spoken = {*columns.keys(), *map(str, columns.values())}
-        ingest["format"] = (
-            "labelled-text"
-            if classifies
-            else ("conversational" if "messages" in spoken else "prompt-completion")
-        )
-    if classifies and isinstance(raw.setdefault("split", {}), dict):
+        talks = "conversational" in trait.formats and "messages" in spoken
+        ingest["format"] = "conversational" if talks else trait.formats[0]
+    if trait.stratify_by and isinstance(raw.setdefault("split", {}), dict):
         # A file that says `stratify_by: null` wants none.
-        raw["split"].setdefault("stratify_by", "label")
+        raw["split"].setdefault("stratify_by", trait.stratify_by)
     if columns:
         ingest["columns"] = _our_names_first(columns, ingest["format"])
     split = _section(raw, "split")

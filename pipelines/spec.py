@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import yaml
 from pydantic import Field, ValidationError
@@ -26,6 +26,7 @@ from pipelines.hardware import HardwareConfig
 from pipelines.schedule import ScheduleConfig
 
 FOLDER = Path(__file__).resolve().parent
+_BY_KIND = ("objective", "adapter")
 
 
 class PipelineSpec(Settings):
@@ -194,14 +195,19 @@ def _override(raw: Any, overrides: Sequence[str]) -> list[str]:
 def _sentence(fault: Any, lines: Mapping[tuple[str, ...], int]) -> str:
     """One pydantic error as `line N: section.key: what (value); did you mean ...`."""
     at = tuple(str(part) for part in fault["loc"])
-    # Tags of unions are part of pydantic's path and not of the file's.
-    shown = tuple(p for i, p in enumerate(at) if not (i and at[i - 1] == "adapter" and p in ("lora", "full")))
+    # The kind of an objective or adapter is part of pydantic's path and not of the file's.
+    shown = tuple(part for i, part in enumerate(at) if not (i and at[i - 1] in _BY_KIND))
     line = _line(shown, lines)
     where = ".".join(shown) or "the file"
     if fault["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(shown[-1], _siblings(shown[:-1]), 1, 0.5)
-        hint = f"; did you mean {near[0]}?" if near else f"; there are {', '.join(_siblings(shown[:-1]))}"
+        near = difflib.get_close_matches(shown[-1], _siblings(at[:-1]), 1, 0.5)
+        hint = f"; did you mean {near[0]}?" if near else f"; there are {', '.join(_siblings(at[:-1]))}"
         return f"line {line}: {where}: no such setting{hint}"
+    if fault["type"] == "union_tag_invalid":
+        wrong, known = fault["ctx"]["tag"], fault["ctx"]["expected_tags"].replace("'", "").split(", ")
+        near = difflib.get_close_matches(wrong, known, 1, 0.5)
+        hint = f"did you mean {near[0]}? " if near else ""
+        return f"line {line}: {where}: there is no {wrong!r}; {hint}there are {', '.join(sorted(known))}"
     message = fault["msg"].removeprefix("Value error, ")
     value = fault.get("input")
     seen = (
@@ -218,11 +224,13 @@ def _line(at: tuple[str, ...], lines: Mapping[tuple[str, ...], int]) -> int:
 
 
 def _siblings(section: tuple[str, ...]) -> list[str]:
-    """Names that a section may have."""
-    model: Any = PipelineSpec
+    """Names that a section may have, by pydantic's path to it."""
+    options: list[Any] = [PipelineSpec]
     for part in section:
-        fields = {f.alias or n: f.annotation for n, f in model.model_fields.items()} if model else {}
+        if len(options) > 1:  # an objective or adapter; this part is its kind
+            options = [o for o in options if part in get_args(o.model_fields["kind"].annotation)]
+            continue
+        fields = {f.alias or n: f.annotation for o in options for n, f in o.model_fields.items()}
         found = fields.get(part)
-        options = getattr(found, "__args__", (found,))
-        model = next((o for o in options if isinstance(o, type) and issubclass(o, Settings)), None)
-    return sorted(f.alias or n for n, f in model.model_fields.items()) if model else []
+        options = [o for o in get_args(found) or (found,) if isinstance(o, type) and issubclass(o, Settings)]
+    return sorted({f.alias or n for o in options for n, f in o.model_fields.items()})

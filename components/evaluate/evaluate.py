@@ -18,7 +18,6 @@ from components.shared.modelcard import ModelCard
 from components.shared.stage import Artifact, Context, Result
 
 log = logging.getLogger("tuneyard.evaluate")
-_OBJECTIVE = {"causal-lm": "sft", "classification": "classification"}
 _SHOWN_LEAKS = 5
 
 
@@ -45,7 +44,7 @@ def evaluate(config: EvaluateConfig, inputs: Mapping[str, Artifact], context: Co
     findings = judge(config, tests, inputs, context)
     verdict = gates.verdict(config.gates, findings.ships, findings.systems[findings.ships])
     document = {
-        "objective": _OBJECTIVE[card.task],
+        "task": card.task,
         "pipeline": context.pipeline,
         "run": context.run,
         "test": {"count": len(tests), "digest": inputs["test"].manifest.digest},
@@ -59,7 +58,7 @@ def evaluate(config: EvaluateConfig, inputs: Mapping[str, Artifact], context: Co
     _log(card.mlflow_run, metrics)
     return Result(
         kinds={"evaluation": "report"},
-        metadata={"evaluation": {"objective": document["objective"], "passed": verdict["passed"]}},
+        metadata={"evaluation": {"task": card.task, "passed": verdict["passed"]}},
         metrics=metrics,
         summary={
             "metrics": {name: numbers(system) for name, system in findings.systems.items()},

@@ -1,4 +1,4 @@
-"""What an evaluation found, the same shape for every objective."""
+"""What an evaluation found, the same shape for every task."""
 
 from __future__ import annotations
 

@@ -58,7 +58,7 @@ def render(document: Mapping[str, Any], findings: Findings) -> str:
     names = [name for name in _ORDER if name in findings.systems]
     shipped = findings.systems[findings.ships]
     wrong = [row for row in findings.answers if row.get(findings.ships) != row["reference"]]
-    is_causal = document["objective"] == "sft"
+    is_causal = document["task"] == "causal-lm"
     return environment.get_template(_TEMPLATE).render(
         document=document,
         systems=findings.systems,

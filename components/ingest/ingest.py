@@ -7,14 +7,14 @@ import hashlib
 import html
 import logging
 import re
-import unicodedata
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from components.ingest.config import IngestConfig, Normalise
+from components.ingest.config import IngestConfig
+from components.ingest.fields import field_value
 from components.ingest.reading import Fault, data_suffix, read
 from components.shared import digest, examples, jsonl, sources
 from components.shared.errors import StageStopped, TuneyardError
@@ -24,53 +24,8 @@ from components.shared.store import Store
 
 log = logging.getLogger("tuneyard.ingest")
 
-# Zero-width space, joiners and non-joiner between CJK, word joiner, byte order mark: invisible, and they make
-# equal texts unequal. Tab and line feed are text.
-_INVISIBLE = dict.fromkeys([0x200B, 0x2060, 0xFEFF, *(c for c in range(32) if c not in (9, 10, 13)), 127])
-ROLES = ("system", "user", "assistant")
 # A word of a path: between separators or digits, or at an end.
 _SPLIT = re.compile(r"(?<![a-z])(train|test)(?:ing)?(?![a-z])")
-
-
-def normalise(text: str, how: Normalise) -> str:
-    """Text under the stated choices; idempotent."""
-    if how.newlines:
-        text = text.replace("\r\n", "\n").replace("\r", "\n")
-    if how.controls:
-        text = text.translate(_INVISIBLE)
-    if how.unicode != "none":
-        text = unicodedata.normalize(how.unicode, text)
-    return text.strip() if how.trim else text
-
-
-def _text(value: Any, name: str, how: Normalise) -> tuple[str, str | Fault]:
-    """The value as it was, and normalised or a fault."""
-    if value is None:
-        return "", Fault("missing_field", name, "null")
-    if isinstance(value, (int, float)) and not isinstance(value, bool) and name == "label":
-        value = str(value)
-    if not isinstance(value, str):
-        return "", Fault("wrong_type", name, f"{type(value).__name__}, not text")
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        return "", Fault("bad_encoding", name, str(error))
-    return value, normalise(value, how)
-
-
-def _messages(value: Any, how: Normalise) -> tuple[Any, Any]:
-    if not isinstance(value, list) or not value:
-        return None, Fault("wrong_type", "messages", "not a list of messages")
-    cleaned = []
-    for at, message in enumerate(value):
-        place = f"messages[{at}]"
-        if not isinstance(message, dict) or message.get("role") not in ROLES:
-            return None, Fault("wrong_type", place, f"needs a role out of {ROLES} and content")
-        _, content = _text(message.get("content"), f"{place}.content", how)
-        if isinstance(content, Fault):
-            return None, content
-        cleaned.append({"role": message["role"], "content": content})
-    return value, cleaned
 
 
 def to_example(row: Mapping[str, Any], config: IngestConfig) -> dict[str, Any] | Fault:
@@ -79,7 +34,7 @@ def to_example(row: Mapping[str, Any], config: IngestConfig) -> dict[str, Any] |
     original: dict[str, Any] = {}
     for name in examples.fields(config.format):
         column = config.columns.get(name, name)
-        optional = name in examples.OPTIONAL[config.format] and name not in config.columns
+        optional = name in examples.OPTIONAL.get(config.format, ()) and name not in config.columns
         if column is None:
             continue
         if column not in row:
@@ -90,8 +45,7 @@ def to_example(row: Mapping[str, Any], config: IngestConfig) -> dict[str, Any] |
             )
         if optional and row[column] in (None, ""):
             continue
-        reader = _messages(row[column], config.normalise) if name == "messages" else None
-        before, after = reader or _text(row[column], name, config.normalise)
+        before, after = field_value(row[column], name, config.normalise, example, original)
         if isinstance(after, Fault):
             return after
         if after == "" and not optional:

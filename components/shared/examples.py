@@ -10,23 +10,46 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Literal
 
-DatasetType = Literal["prompt-completion", "conversational", "labelled-text"]
+DatasetType = Literal[
+    "prompt-completion",
+    "conversational",
+    "language-modeling",
+    "prompt-only",
+    "preference",
+    "labelled-text",
+    "scored-text",
+    "tagged-text",
+    "text-pair",
+]
 
 REQUIRED: dict[str, tuple[str, ...]] = {
     "prompt-completion": ("prompt", "completion"),
     "conversational": ("messages",),
+    "language-modeling": ("text",),
+    "prompt-only": ("prompt",),
+    "preference": ("prompt", "chosen", "rejected"),
     "labelled-text": ("text", "label"),
+    "scored-text": ("text", "score"),
+    "tagged-text": ("text", "entities"),
+    "text-pair": ("anchor", "positive"),
 }
 OPTIONAL: dict[str, tuple[str, ...]] = {
     "prompt-completion": ("system",),
-    "conversational": (),
-    "labelled-text": (),
+    "prompt-only": ("system",),
+    "preference": ("system",),
+    "text-pair": ("negative",),
+}
+# What a field holds; text where it is not named here.
+NOT_TEXT: dict[str, Literal["messages", "number", "spans"]] = {
+    "messages": "messages",
+    "score": "number",
+    "entities": "spans",
 }
 
 
 def fields(dataset_type: str) -> tuple[str, ...]:
     """Every field an example of the type may have, required ones first."""
-    return REQUIRED[dataset_type] + OPTIONAL[dataset_type]
+    return REQUIRED[dataset_type] + OPTIONAL.get(dataset_type, ())
 
 
 def content(example: Mapping[str, Any]) -> dict[str, Any]:

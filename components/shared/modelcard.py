@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict
 from components.shared import sources
 from components.shared.errors import TuneyardError
 from components.shared.store import Store
+from components.shared.tasks import Task
 
 NAME = "tuneyard.json"
 
@@ -49,7 +50,7 @@ class ModelCard(BaseModel):
     """Facts that whoever loads the model must follow.
 
     Args:
-        task: `causal-lm` or `classification`.
+        task: what it does; see shared/tasks.py.
         layout: `transformers` (a whole model in safetensors), `peft` (an adapter beside a base) or `onnx`
             (model.onnx, int8, with the tokenizer files).
         base_model: what it was tuned from.
@@ -62,7 +63,7 @@ class ModelCard(BaseModel):
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
-    task: Literal["causal-lm", "classification"]
+    task: Task
     layout: Literal["transformers", "peft", "onnx"]
     base_model: BaseModelRef
     labels: list[str] = []

@@ -2,32 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
+from components.shared import tasks
 from components.shared.settings import Settings
-
-
-class LoraAdapter(Settings):
-    """Low-rank adaptation: W + (alpha / rank) B A (Hu et al. 2021, arXiv:2106.09685).
-
-    Args:
-        rank: of A and B.
-        alpha: scale; 2 x rank is a common choice.
-        dropout: on the adapter's input, in training.
-    """
-
-    kind: Literal["lora"]
-    rank: int = Field(16, ge=1)
-    alpha: float = Field(32.0, gt=0)
-    dropout: float = Field(0.1, ge=0, lt=1)
-
-
-class FullAdapter(Settings):
-    """No adapter: every weight moves."""
-
-    kind: Literal["full"]
+from components.train.adapters.config import AdapterConfig
+from components.train.objectives.config import ObjectiveConfig
 
 
 class EarlyStopping(Settings):
@@ -41,10 +23,11 @@ class TrainConfig(Settings):
     """How the model is fitted.
 
     Args:
-        objective: `sft` (loss on the assistant's answers) or `classification`.
+        objective: what is optimised, by name or with its own settings; see objectives/config.py.
         base_model: s3:// prefix, local folder or Hugging Face id.
         revision: of a Hugging Face id.
-        adapter: which weights move; absent: lora for sft, full for classification.
+        adapter: which weights move, by name or with its own settings; see adapters/config.py. Absent: what is
+            usual for the objective, lora for sft and full for classification.
         epochs: passes over train; not beside max_steps; 3 where neither is given.
         max_steps: optimizer updates; not beside epochs.
         learning_rate: peak, reached after warm-up; where none is given 2e-4 for lora, 2e-5 for full.
@@ -70,10 +53,10 @@ class TrainConfig(Settings):
         seed: of data order, initialisation and dropout.
     """
 
-    objective: Literal["sft", "classification"]
+    objective: ObjectiveConfig
     base_model: str
     revision: str = "main"
-    adapter: Annotated[LoraAdapter | FullAdapter, Field(discriminator="kind")]
+    adapter: AdapterConfig
     epochs: float | None = Field(None, gt=0)
     max_steps: int | None = Field(None, ge=1)
     learning_rate: float = Field(gt=0)
@@ -108,8 +91,12 @@ class TrainConfig(Settings):
         if not isinstance(raw, dict):
             return raw
         filled = dict(raw)
+        for axis in ("objective", "adapter"):
+            if isinstance(filled.get(axis), str):
+                filled[axis] = {"kind": filled[axis]}
         if filled.get("adapter") is None:
-            filled["adapter"] = {"kind": "lora" if filled.get("objective") == "sft" else "full"}
+            usual = tasks.trait(filled.get("objective"))
+            filled["adapter"] = {"kind": usual.adapter if usual else "full"}
         if filled.get("learning_rate") is None:
             adapter = filled["adapter"]
             kind = adapter.get("kind") if isinstance(adapter, dict) else getattr(adapter, "kind", None)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
 import logging
 import os
 import random
@@ -14,22 +12,16 @@ from pathlib import Path
 from typing import Any, Literal
 
 from components.shared import causal, jsonl, sources, tracking
-from components.shared.errors import StageStopped, TuneyardError
-from components.shared.modelcard import BaseModelRef, ModelCard
+from components.shared.errors import StageStopped
+from components.shared.modelcard import BaseModelRef
 from components.shared.stage import Artifact, Context, Result
-from components.train import checkpoint, curves, job, keeping
+from components.train import checkpoint, job, keeping, saving
+from components.train.adapters.applying import apply_adapter, weight_counts
 from components.train.config import TrainConfig
 from components.train.data import Ledger, fit_lengths
 from components.train.fit import Fit, fit
-from components.train.objectives import (
-    Classification,
-    Objective,
-    Sft,
-    apply_adapter,
-    choose_attention,
-    template_probe,
-    weight_counts,
-)
+from components.train.objectives.base import Objective
+from components.train.objectives.opening import open_objective
 from components.train.ranks import ALONE, Ranks
 from components.train.trainjob import ASKED, Nodes
 
@@ -58,24 +50,9 @@ def _seed(seed: int) -> None:
 
 
 def _open(config: TrainConfig, train: Sequence[Mapping[str, Any]], context: Context) -> Objective:
-    """The base model with its objective and adapter.
-
-    Raises:
-        StageStopped: a classification corpus with fewer than two labels.
-    """
+    """The base model with its objective and adapter."""
     folder = sources.model_folder(config.base_model, context.store, config.revision)
-    if config.objective == "sft":
-        precision = causal.preferred_precision(config.precision)
-        held = precision if config.adapter.kind == "lora" else "float32"
-        objective: Objective = Sft(folder, held, config.dropout)
-    else:
-        labels = sorted({row["label"] for row in train})
-        if len(labels) < 2:
-            raise StageStopped(
-                f"classification needs two labels or more; train has {labels}", "check ingest.columns"
-            )
-        objective = Classification(folder, labels, config.dropout)
-    choose_attention(objective.model, config.max_length)
+    objective = open_objective(config, train, folder)
     apply_adapter(objective, config)
     if config.gradient_checkpointing:
         objective.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -84,34 +61,12 @@ def _open(config: TrainConfig, train: Sequence[Mapping[str, Any]], context: Cont
     return objective
 
 
-def _known_labels(rows: Sequence[dict[str, Any]], objective: Objective) -> list[dict[str, Any]]:
-    """Rows of eval whose label train has; another label cannot be scored and is named."""
-    if not isinstance(objective, Classification):
-        return list(rows)
-    unknown = sorted({row["label"] for row in rows} - set(objective.labels))
-    if unknown:
-        log.warning("train: labels %s occur in eval and not in train; those examples are not judged", unknown)
-    return [row for row in rows if row["label"] in objective.labels]
-
-
-def _save(objective: Objective, config: TrainConfig, card: ModelCard, context: Context) -> None:
-    """Write the model folder: an adapter for a causal LoRA, else whole weights."""
-    folder = context.out / "model"
-    model = objective.model
-    if card.task == "classification" and config.adapter.kind == "lora":
-        model = model.merge_and_unload()
-    model.save_pretrained(folder)
-    # PEFT writes a page of empty headings.
-    (folder / "README.md").unlink(missing_ok=True)
-    objective.tokenizer.save_pretrained(folder)
-    card.write(folder)
-
-
 def _track(
     config: TrainConfig, context: Context, inputs: Mapping[str, Artifact], facts: dict[str, Any]
 ) -> str:
     settings = {k: v for k, v in config.model_dump(mode="json").items() if not isinstance(v, dict)}
-    settings |= {f"adapter.{k}": v for k, v in config.adapter.model_dump().items()}
+    for axis in ("objective", "adapter"):
+        settings |= {f"{axis}.{k}": v for k, v in getattr(config, axis).model_dump(mode="json").items()}
     digests = {f"digest.{name}": artifact.manifest.digest for name, artifact in inputs.items()}
     tags = {"tuneyard.run": context.run, "tuneyard.key": context.key} | digests
     return tracking.start_run(context.pipeline, context.run, settings | facts, tags)
@@ -198,7 +153,7 @@ def train_here(
     _seed(config.seed)
     rows = {side: _rows(inputs[side]) for side in ("train", "eval")}
     objective = _open(config, rows["train"], context)
-    judged = sorted(_known_labels(rows["eval"], objective), key=lambda row: row["id"])
+    judged = sorted(objective.usable(rows["eval"]), key=lambda row: row["id"])
     rows["eval"] = judged[: config.eval_examples]
     encoded, ledgers = _encode(objective, rows, config)
     moving, total = weight_counts(objective, config)
@@ -218,26 +173,9 @@ def train_here(
     result = _fit_tracked(fitting, encoded, config, context, run_id)
     if not ranks.writes:
         return Result(kinds={})
-    card = _card(objective, config, base, (moving, total), run_id)
-    _save(objective, config, card, context)
-    return _describe(result, ledgers, card, context, run_id)
-
-
-def _card(
-    objective: Objective, config: TrainConfig, base: BaseModelRef, weights: tuple[int, int], run_id: str
-) -> ModelCard:
-    whole = config.adapter.kind == "full" or config.objective == "classification"
-    return ModelCard(
-        task="causal-lm" if config.objective == "sft" else "classification",
-        layout="transformers" if whole else "peft",
-        base_model=base,
-        labels=list(objective.labels) if isinstance(objective, Classification) else [],
-        max_length_tokens=config.max_length,
-        template_probe=template_probe(objective, config),
-        trainable_weights=weights[0],
-        total_weights=weights[1],
-        mlflow_run=run_id,
-    )
+    card = saving.card(objective, config, base, (moving, total), run_id)
+    saving.save(objective, config, card, context.out / "model")
+    return saving.describe(result, ledgers, card, context, run_id)
 
 
 def _encode(
@@ -251,40 +189,3 @@ def _encode(
             todo = "see train.max_length and train.over_length"
             raise StageStopped(f"no example of {side} is left to use", todo)
     return encoded, ledgers
-
-
-def _describe(
-    result: Fit, ledgers: Mapping[str, Ledger], card: ModelCard, context: Context, run_id: str
-) -> Result:
-    ledger = context.out / "ledger"
-    for side, kept in ledgers.items():
-        jsonl.write(ledger / f"{side}.jsonl", kept.rows)
-    curve = [{"step": 0, "eval_loss": result.base_loss}, *result.history]
-    jsonl.write(ledger / "history.jsonl", curve)
-    page = context.out / "page.html"
-    page.write_text(curves.page(curve, card, {s: dict(k.counts) for s, k in ledgers.items()}))
-    with contextlib.suppress(TuneyardError):
-        tracking.log_artifact_text(run_id, "training.html", page.read_text())
-    summary = {
-        "steps": len(result.history),
-        "best_step": result.best_step,
-        "stopped_early": result.stopped_early,
-        "examples": {side: dict(kept.counts) for side, kept in ledgers.items()},
-        "tokens": {side: dict(kept.tokens) for side, kept in ledgers.items()},
-        "trainable_weights": card.trainable_weights,
-        "total_weights": card.total_weights,
-        "mlflow_run": run_id,
-    }
-    return Result(
-        kinds={"model": "model", "ledger": "report"},
-        metadata={"model": json.loads(card.model_dump_json())},
-        metrics={
-            "train_loss": result.history[-1]["loss"],
-            "eval_loss": result.best_loss,
-            "base_eval_loss": result.base_loss,
-            "tokens_per_second": result.history[-1]["tokens_per_second"],
-            "trainable_fraction": card.trainable_weights / card.total_weights,
-        },
-        summary=summary,
-        page=page,
-    )

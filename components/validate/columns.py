@@ -10,7 +10,8 @@ import json
 import re
 import unicodedata
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from components.shared import examples as dataset
@@ -47,7 +48,13 @@ def text_columns(dataset_type: str) -> tuple[str, ...]:
     return {
         "prompt-completion": ("system", "prompt", "completion"),
         "conversational": ("prompt", "completion"),
+        "language-modeling": ("text",),
+        "prompt-only": ("system", "prompt"),
+        "preference": ("system", "prompt", "chosen", "rejected"),
         "labelled-text": ("text",),
+        "scored-text": ("text",),
+        "tagged-text": ("text",),
+        "text-pair": ("anchor", "positive", "negative"),
     }[dataset_type]
 
 
@@ -63,7 +70,12 @@ def table(dataset_type: str, examples: Rows) -> pd.DataFrame:
         "id": [row.get("id") for row in examples],
         "part": [row.get("origin", {}).get("part") for row in examples],
     }
-    columns |= _labelled(examples) if dataset_type == "labelled-text" else _answered(dataset_type, examples)
+    measured: dict[str, Callable[[Rows], dict[str, list[Any]]]] = {
+        "labelled-text": _labelled,
+        "prompt-completion": partial(_answered, dataset_type),
+        "conversational": partial(_answered, dataset_type),
+    }
+    columns |= measured.get(dataset_type, partial(_fields, dataset_type))(examples)
     for name in dict.fromkeys(name for row in examples for name in row.get("extra") or {}):
         free = name if name not in columns else f"extra.{name}"
         columns[free] = [(row.get("extra") or {}).get(name) for row in examples]

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
+from components.shared import examples
 from components.validate import columns
 
 if TYPE_CHECKING:
@@ -89,16 +90,19 @@ def of(dataset_type: str, table: pd.DataFrame) -> list[Expectation]:
     if table.empty:  # every other expectation would hold of nothing
         return [enough]
     present = [name for name in columns.text_columns(dataset_type) if table[name].notna().any()]
-    required = [name for name in columns.text_columns(dataset_type) if name != "system"]
+    required = _required(dataset_type)
     found = [
         enough,
         *(e for name in required for e in _written(name, MAX_CHARACTERS)),
         *map(_undamaged, present),
     ]
-    if dataset_type == "labelled-text":
-        found += _labels(len(table))
-    else:
-        found += _answers() + (_turns() if dataset_type == "conversational" else [])
+    match dataset_type:
+        case "labelled-text":
+            found += _labels(len(table))
+        case "prompt-completion":
+            found += _answers()
+        case "conversational":
+            found += _answers() + _turns()
     return [*found, _repeated(dataset_type)]
 
 
@@ -249,6 +253,12 @@ def _repeated(dataset_type: str) -> Expectation:
         {"column": "id"},
         "no example occurs twice (split keeps copies on one side, yet they count double in training)",
         severity="warn",
-        show=columns.text_columns(dataset_type)[-1:],
+        show=(_required(dataset_type)[-1],),
         together="id",
     )
+
+
+def _required(dataset_type: str) -> list[str]:
+    """The columns of prose that every example of the type has."""
+    optional = examples.OPTIONAL.get(dataset_type, ())
+    return [name for name in columns.text_columns(dataset_type) if name not in optional]

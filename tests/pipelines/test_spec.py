@@ -60,8 +60,8 @@ def test_every_shipped_pipeline_loads():
             "line 2: ingest.format: objective classification needs labelled-text data",
         ),
         (
-            GOOD.replace("sft", "dpo"),
-            "line 4: train.objective: Input should be 'sft' or 'classification' (it is 'dpo')",
+            GOOD.replace("sft", "stf"),
+            "line 4: train.objective: there is no 'stf'; did you mean sft? there are classification",
         ),
         (
             GOOD.replace("source:", "test_source: ./test.jsonl, source:"),

@@ -55,7 +55,7 @@ def test_base_and_tuned_side_by_side(causal_line, causal_inputs, context):
     # five of six references cite; an answer learnt by heart cites them
     assert tuned["citing_references"] == 5
     assert tuned["statute_citation_accuracy"] > base["statute_citation_accuracy"] == 0
-    assert document["objective"] == "sft"
+    assert document["task"] == "causal-lm"
     assert document["test"] == {"count": 6, "digest": causal_inputs["test"].manifest.digest}
     assert document["verdict"]["passed"]
     assert document["verdict"]["system"] == "tuned"

@@ -33,7 +33,7 @@ def document(**changes):
         "gates": [{"metric": "rouge_l", "value": None, "min": 0.2, "max": None, "passed": False}],
     }
     facts = {
-        "objective": "sft",
+        "task": "causal-lm",
         "pipeline": EVIL,
         "test": {"count": 2, "digest": "ab" * 32},
         "verdict": verdict,
@@ -105,7 +105,7 @@ def test_a_classifier_page_shows_mistakes_and_confusion():
         {"prompt": "right one", "reference": "乙", "tuned": "乙", "tuned_probability": 0.8},
     ]
     changes = {
-        "objective": "classification",
+        "task": "classification",
         "truncated": {"texts": 1, "of": 4, "limit_tokens": 8},
         "threads": 2,
     }

@@ -12,7 +12,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from components.ingest.config import IngestConfig, Normalise
-from components.ingest.ingest import normalise, to_example
+from components.ingest.fields import normalise
+from components.ingest.ingest import to_example
 from components.ingest.reading import Fault, read
 from components.shared.errors import StageStopped, TuneyardError
 

@@ -14,10 +14,14 @@ from hypothesis import strategies as st
 from components.shared import causal, chat
 from components.shared.errors import StageStopped, TuneyardError
 from components.train import checkpoint
+from components.train.adapters.applying import apply_adapter
 from components.train.config import TrainConfig
 from components.train.data import fit_lengths, schedule_batches
-from components.train.fit import _update, fit, learning_rate, make_optimizer
-from components.train.objectives import Classification, Sft, apply_adapter, choose_attention
+from components.train.fit import fit
+from components.train.objectives.base import choose_attention
+from components.train.objectives.classification import Classification
+from components.train.objectives.sft import Sft
+from components.train.update import learning_rate, make_optimizer, update
 
 ORIGIN = {"file": "corpus.jsonl", "line": 7, "part": "main"}
 
@@ -82,7 +86,7 @@ def test_accumulated_micro_batches_give_the_gradient_of_one_batch(tiny_causal, s
         optimizer = make_optimizer(sft.model, config)
         optimizer.step = lambda: None
         optimizer.zero_grad = lambda **_: None
-        _update(sft, [[next(rest) for _ in range(size)] for size in split], optimizer, 0.0, config, "float32")
+        update(sft, [[next(rest) for _ in range(size)] for size in split], optimizer, 0.0, config, "float32")
         gradients.append({n: p.grad.clone() for n, p in sft.model.named_parameters() if p.grad is not None})
     for name, gradient in gradients[0].items():
         # The same sums in another order and padding: float32 rounding only.
@@ -221,7 +225,7 @@ def test_a_loss_that_is_not_finite_stops_with_what_to_do():
     )
     config = settings_for()
     with pytest.raises(TuneyardError, match="nan at learning rate"):
-        _update(broken, [[1]], make_optimizer(broken.model, config), 1e-3, config, "float32")
+        update(broken, [[1]], make_optimizer(broken.model, config), 1e-3, config, "float32")
 
 
 @pytest.mark.parametrize("dropout", [None, 0.0, 0.3])

@@ -15,9 +15,11 @@ from components.shared.modelcard import ModelCard
 from components.shared.stage import Artifact, Context
 from components.train import keeping
 from components.train import train as stage
+from components.train.adapters.applying import apply_adapter
 from components.train.config import TrainConfig
 from components.train.fit import fit
-from components.train.objectives import Sft, apply_adapter
+from components.train.objectives.classification import Classification
+from components.train.objectives.sft import Sft
 
 ORIGIN = {"file": "corpus.jsonl", "line": 1, "part": "main"}
 
@@ -66,7 +68,7 @@ def test_a_classifier_is_saved_whole_and_learns(tiny_encoder, run, kind):
     assert (card.trainable_weights < card.total_weights) == (kind == "lora")
     # Read back as anybody would: the adapter and the new head are in the weights.
     model = AutoModelForSequenceClassification.from_pretrained(out / "model").eval()
-    tokenizer = stage.Classification(tiny_encoder, ["down", "up"]).tokenizer
+    tokenizer = Classification(tiny_encoder, ["down", "up"]).tokenizer
     rows = texts(8)
     with torch.inference_mode():
         logits = model(**tokenizer([r["text"] for r in rows], return_tensors="pt", padding=True)).logits

@@ -11,9 +11,10 @@ from safetensors.torch import save_file
 
 from components.shared.causal import Encoded
 from components.train import checkpoint, ranks
+from components.train.adapters.applying import apply_adapter
 from components.train.config import TrainConfig
 from components.train.fit import fit
-from components.train.objectives import Sft, apply_adapter
+from components.train.objectives.sft import Sft
 
 
 class MeanOfMeans(ranks.Ranks):

@@ -1,0 +1,44 @@
+"""What each training objective takes and gives: dataset types in, the task of the model out.
+
+The one table of it. The pipeline file is checked against it and train builds by it; what comes later goes by
+the task that the model's card names.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from components.shared.examples import DatasetType
+
+Task = Literal["causal-lm", "classification"]
+ObjectiveKind = Literal["sft", "classification"]
+
+
+@dataclass(frozen=True)
+class Trait:
+    """An objective as the rest of a pipeline sees it.
+
+    Args:
+        task: of the model that comes out.
+        formats: dataset types it learns from; the first is meant where a pipeline file names none.
+        adapter: which weights move where a pipeline file says nothing.
+        stratify_by: field whose shares all sides keep where a pipeline file says nothing; None for none.
+    """
+
+    task: Task
+    formats: tuple[DatasetType, ...]
+    adapter: Literal["lora", "full"] = "full"
+    stratify_by: str | None = None
+
+
+OBJECTIVES: dict[str, Trait] = {
+    "sft": Trait("causal-lm", ("prompt-completion", "conversational"), adapter="lora"),
+    "classification": Trait("classification", ("labelled-text",), stratify_by="label"),
+}
+
+
+def trait(objective: object) -> Trait | None:
+    """The trait of `objective:` as a pipeline file spells it, by name or as {kind: name}; None if unknown."""
+    kind = objective.get("kind") if isinstance(objective, dict) else objective
+    return OBJECTIVES.get(kind) if isinstance(kind, str) else None

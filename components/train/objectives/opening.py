@@ -1,0 +1,40 @@
+"""The objective that a pipeline file asks for, over its base model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from components.shared import causal
+from components.train.config import TrainConfig
+from components.train.objectives.base import Objective, choose_attention
+from components.train.objectives.classification import Classification, labels_of
+from components.train.objectives.config import ClassificationObjective, SftObjective
+from components.train.objectives.sft import Sft
+
+
+def open_objective(config: TrainConfig, rows: Sequence[Mapping[str, Any]], folder: Path) -> Objective:
+    """The objective over the base model in `folder`; every weight as the base has it.
+
+    Args:
+        config: settings.
+        rows: the train examples, which tell labels.
+        folder: of the base model.
+
+    Raises:
+        StageStopped: the examples do not fit the objective (fewer than two labels).
+    """
+    objective: Objective
+    match config.objective:
+        case SftObjective():
+            objective = Sft(folder, held_in(config), config.dropout)
+        case ClassificationObjective():
+            objective = Classification(folder, labels_of(rows), config.dropout)
+    choose_attention(objective.model, config.max_length)
+    return objective
+
+
+def held_in(config: TrainConfig) -> causal.Precision:
+    """What the weights of a causal model are held in: those that move, and all with them, in float32."""
+    return causal.preferred_precision(config.precision) if config.adapter.kind == "lora" else "float32"

@@ -1,0 +1,102 @@
+"""What a training leaves: the model folder with its card, the ledger of its examples, the page."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+from components.shared import jsonl, tracking
+from components.shared.errors import TuneyardError
+from components.shared.modelcard import BaseModelRef, ModelCard
+from components.shared.stage import Context, Result
+from components.train import curves
+from components.train.config import TrainConfig
+from components.train.data import Ledger
+from components.train.fit import Fit
+from components.train.objectives.base import Objective
+
+
+def card(
+    objective: Objective, config: TrainConfig, base: BaseModelRef, weights: tuple[int, int], run_id: str
+) -> ModelCard:
+    """The card of the model that comes out.
+
+    Args:
+        objective: with the trained model.
+        config: settings.
+        base: what it was tuned from.
+        weights: (trainable, all).
+        run_id: of the MLflow run.
+    """
+    # An adapter on its base is for causal models alone: what judges and exports the others takes whole ones.
+    whole = config.adapter.kind == "full" or objective.task != "causal-lm"
+    return ModelCard(
+        task=objective.task,
+        layout="transformers" if whole else "peft",
+        base_model=base,
+        labels=list(objective.labels),
+        max_length_tokens=config.max_length,
+        template_probe=objective.template_probe(),
+        trainable_weights=weights[0],
+        total_weights=weights[1],
+        mlflow_run=run_id,
+    )
+
+
+def save(objective: Objective, config: TrainConfig, card: ModelCard, folder: Path) -> None:
+    """Write the model folder: an adapter for a causal LoRA, else whole weights.
+
+    Args:
+        objective: with the trained model.
+        config: settings.
+        card: of the model.
+        folder: to be made.
+    """
+    model = objective.model
+    if card.layout == "transformers" and config.adapter.kind == "lora":
+        model = model.merge_and_unload()
+    model.save_pretrained(folder)
+    # PEFT writes a page of empty headings.
+    (folder / "README.md").unlink(missing_ok=True)
+    objective.tokenizer.save_pretrained(folder)
+    card.write(folder)
+
+
+def describe(
+    result: Fit, ledgers: Mapping[str, Ledger], card: ModelCard, context: Context, run_id: str
+) -> Result:
+    """Write the ledger and the page, and say what the stage says of itself."""
+    ledger = context.out / "ledger"
+    for side, kept in ledgers.items():
+        jsonl.write(ledger / f"{side}.jsonl", kept.rows)
+    curve = [{"step": 0, "eval_loss": result.base_loss}, *result.history]
+    jsonl.write(ledger / "history.jsonl", curve)
+    page = context.out / "page.html"
+    page.write_text(curves.page(curve, card, {s: dict(k.counts) for s, k in ledgers.items()}))
+    with contextlib.suppress(TuneyardError):
+        tracking.log_artifact_text(run_id, "training.html", page.read_text())
+    summary = {
+        "steps": len(result.history),
+        "best_step": result.best_step,
+        "stopped_early": result.stopped_early,
+        "examples": {side: dict(kept.counts) for side, kept in ledgers.items()},
+        "tokens": {side: dict(kept.tokens) for side, kept in ledgers.items()},
+        "trainable_weights": card.trainable_weights,
+        "total_weights": card.total_weights,
+        "mlflow_run": run_id,
+    }
+    return Result(
+        kinds={"model": "model", "ledger": "report"},
+        metadata={"model": json.loads(card.model_dump_json())},
+        metrics={
+            "train_loss": result.history[-1]["loss"],
+            "eval_loss": result.best_loss,
+            "base_eval_loss": result.base_loss,
+            "tokens_per_second": result.history[-1]["tokens_per_second"],
+            "trainable_fraction": card.trainable_weights / card.total_weights,
+        },
+        summary=summary,
+        page=page,
+    )
