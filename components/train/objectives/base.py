@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +19,16 @@ class Objective:
         tokenizer: its tokenizer, with the template.
         task: of the model that comes out.
         labels: class names in logit order; empty where there are none.
+        separable: whether the loss of a batch is the sum over its examples, each by itself.
+        plain_loss: the same as `summed_loss` by the book, slow and obvious; None where that is the same.
     """
 
     model: Any
     tokenizer: Any
     task: Task
     labels: Sequence[str] = ()
+    separable: bool = True
+    plain_loss: Callable[[Sequence[Any], float], Any] | None = None
 
     @property
     def packs(self) -> bool:
@@ -50,6 +54,10 @@ class Objective:
     def summed_loss(self, batch: Sequence[Any], label_smoothing: float) -> Any:
         """Loss in nats, summed over the terms of a micro-batch; differentiable where gradients are on."""
         raise NotImplementedError
+
+    def template_faults(self, rows: Sequence[Mapping[str, Any]]) -> list[str]:
+        """What the chat template does to these examples that it must not."""
+        return []
 
     def template_probe(self) -> dict[str, Any] | None:
         """What serving must reproduce; None where there is no template."""
