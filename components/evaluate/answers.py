@@ -47,7 +47,12 @@ class Exam:
     @property
     def references(self) -> list[str]:
         """What the generated answers should be."""
-        return [examples.messages(row)[-1]["content"] for row in self.tests[: len(self.prompts)]]
+        return [wanted(self.tokenizer, row) for row in self.tests[: len(self.prompts)]]
+
+
+def wanted(tokenizer: Any, row: Mapping[str, Any]) -> str:
+    """What the model should write: the answer, with what it thinks and the tools it calls."""
+    return chat.answer_text(tokenizer, chat.messages(tokenizer, row), row.get("tools")).strip()
 
 
 @dataclass(frozen=True)
@@ -80,11 +85,11 @@ def judge(
     """
     from transformers import AutoTokenizer
 
-    text_metrics.self_test([examples.messages(row)[-1]["content"] for row in tests])
     folder = inputs["model"].path
     shipped = "compressed" if "compressed" in inputs else "model"
     precision = causal.served_precision(inputs[shipped].path)
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    text_metrics.self_test([wanted(tokenizer, row) for row in tests])
     model = causal.load_base(ModelCard.read(folder), context.store, precision)
     exam, facts = prepare(config, tests, tokenizer, _window(model))
     base = sit("base", model, exam)

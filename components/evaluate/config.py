@@ -8,7 +8,8 @@ from pydantic import Field, model_validator
 
 from components.shared.settings import Settings
 
-# What a gate may be set on, by the task of a model (ModelCard.task).
+# What a gate may be set on, by the task of a model (ModelCard.task); where that does not decide, also by the
+# dataset type that judges it: see `metrics_of`.
 METRICS: dict[str, tuple[str, ...]] = {
     "causal-lm": (
         "loss",
@@ -21,6 +22,15 @@ METRICS: dict[str, tuple[str, ...]] = {
         "statute_citation_accuracy",
         "latency_p50_ms",
         "latency_p95_ms",
+        "tokens_per_second",
+        "memory_gib",
+    ),
+    "causal-lm by language-modeling": (
+        "loss",
+        "loss_reduction",
+        "perplexity",
+        "loss_per_character",
+        "perplexity_per_character",
         "tokens_per_second",
         "memory_gib",
     ),
@@ -37,6 +47,11 @@ METRICS: dict[str, tuple[str, ...]] = {
         "size_ratio",
     ),
 }
+
+
+def metrics_of(task: str, dataset_type: str) -> tuple[str, ...]:
+    """The metrics of a model of a task that examples of a dataset type judge."""
+    return METRICS.get(f"{task} by {dataset_type}", METRICS[task])
 
 
 class Bound(Settings):

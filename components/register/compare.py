@@ -10,7 +10,16 @@ from typing import Any
 from components.register.config import BETTER
 
 # Over every test example; the other metrics are over the answers that were generated for some of them.
-_OVER_ALL_EXAMPLES = {"loss", "perplexity", "loss_reduction", "accuracy", "macro_f1", "auc"}
+_OVER_ALL_EXAMPLES = {
+    "loss",
+    "perplexity",
+    "loss_reduction",
+    "loss_per_character",
+    "perplexity_per_character",
+    "accuracy",
+    "macro_f1",
+    "auc",
+}
 _BY_TOKEN = {"loss", "perplexity", "loss_reduction"}
 
 

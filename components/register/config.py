@@ -15,6 +15,8 @@ BETTER: dict[str, Literal["lower", "higher"]] = {
     "loss": "lower",
     "perplexity": "lower",
     "loss_reduction": "higher",
+    "loss_per_character": "lower",
+    "perplexity_per_character": "lower",
     "exact_match": "higher",
     "rouge_l": "higher",
     "bleu": "higher",

@@ -12,7 +12,7 @@ from typing import Literal
 from components.shared.examples import DatasetType
 
 Task = Literal["causal-lm", "classification"]
-ObjectiveKind = Literal["sft", "classification"]
+ObjectiveKind = Literal["sft", "language-modeling", "classification"]
 
 
 @dataclass(frozen=True)
@@ -23,6 +23,7 @@ class Trait:
         task: of the model that comes out.
         formats: dataset types it learns from; the first is meant where a pipeline file names none.
         adapter: which weights move where a pipeline file says nothing.
+        splits: whether train.over_length may be `split`, which it then is where a pipeline file says nothing.
         stratify_by: field whose shares all sides keep where a pipeline file says nothing; None for none.
     """
 
@@ -30,10 +31,12 @@ class Trait:
     formats: tuple[DatasetType, ...]
     adapter: Literal["lora", "full"] = "full"
     stratify_by: str | None = None
+    splits: bool = False
 
 
 OBJECTIVES: dict[str, Trait] = {
     "sft": Trait("causal-lm", ("prompt-completion", "conversational"), adapter="lora"),
+    "language-modeling": Trait("causal-lm", ("language-modeling",), adapter="lora", splits=True),
     "classification": Trait("classification", ("labelled-text",), stratify_by="label"),
 }
 

@@ -97,6 +97,7 @@ def describe(
         "stopped_early": result.stopped_early,
         "examples": {side: dict(kept.counts) for side, kept in ledgers.items()},
         "tokens": {side: dict(kept.tokens) for side, kept in ledgers.items()},
+        "pieces": {side: kept.pieces for side, kept in ledgers.items() if kept.pieces},
         "trainable_weights": card.trainable_weights,
         "total_weights": card.total_weights,
         "self_check": dict(checked),

@@ -10,9 +10,27 @@ from components.shared.settings import Settings
 
 
 class SftObjective(Settings):
-    """Supervised fine-tuning: next-token loss on the assistant's answers alone."""
+    """Supervised fine-tuning: next-token loss on the assistant's answers alone.
+
+    Args:
+        loss_on: `all` answers of a conversation, calls of tools among them, or its `last` one.
+        loss_on_reasoning: whether the `reasoning` of prompt-completion data carries loss as the answer does;
+            false gives it as context.
+    """
 
     kind: Literal["sft"]
+    loss_on: Literal["all", "last"] = "all"
+    loss_on_reasoning: bool = True
+
+
+class LanguageModelingObjective(Settings):
+    """Continued pre-training: next-token loss on every token of whole documents (arXiv:2004.10964).
+
+    One that is longer than train.max_length is split into pieces; its loss is the mean over its tokens in all
+    of them.
+    """
+
+    kind: Literal["language-modeling"]
 
 
 class ClassificationObjective(Settings):
@@ -22,6 +40,6 @@ class ClassificationObjective(Settings):
 
 
 ObjectiveConfig = Annotated[
-    SftObjective | ClassificationObjective,
+    SftObjective | LanguageModelingObjective | ClassificationObjective,
     Field(discriminator="kind"),
 ]

@@ -10,7 +10,12 @@ from components.shared import causal
 from components.train.config import TrainConfig
 from components.train.objectives.base import Objective, choose_attention
 from components.train.objectives.classification import Classification, labels_of
-from components.train.objectives.config import ClassificationObjective, SftObjective
+from components.train.objectives.config import (
+    ClassificationObjective,
+    LanguageModelingObjective,
+    SftObjective,
+)
+from components.train.objectives.language_modeling import LanguageModeling
 from components.train.objectives.sft import Sft
 
 
@@ -28,7 +33,9 @@ def open_objective(config: TrainConfig, rows: Sequence[Mapping[str, Any]], folde
     objective: Objective
     match config.objective:
         case SftObjective():
-            objective = Sft(folder, held_in(config), config.dropout)
+            objective = Sft(folder, held_in(config), config.dropout, config.objective)
+        case LanguageModelingObjective():
+            objective = LanguageModeling(folder, held_in(config), config.dropout)
         case ClassificationObjective():
             objective = Classification(folder, labels_of(rows), config.dropout)
     choose_attention(objective, config.max_length)
