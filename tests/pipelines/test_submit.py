@@ -18,7 +18,8 @@ from components.shared.errors import (
     StoreError,
     TuneyardError,
 )
-from components.shared.stage import Result, perform, record
+from components.shared.recording import record
+from components.shared.stage import Result, perform
 from components.shared.store import Store
 from pipelines import planner, submit
 from pipelines.graph import inputs_of
