@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -102,7 +102,7 @@ def take(
     exam, _ = prepare(config, tests, tokenizer_of(inputs), window)
     arrays: dict[str, Any] = {}
     measured: dict[str, dict[str, Any]] = {}
-    systems = {
+    systems: dict[str, Callable[[], Any]] = {
         "base": lambda: causal.load_base(card, context.store, precision),
         "tuned": lambda: causal.load(inputs[ships].path, context.store, precision)[0],
     }

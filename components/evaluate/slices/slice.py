@@ -46,9 +46,11 @@ def perform(
         key = stage_key(_STAGE, config, {name: manifest.digest for name, manifest in inputs.items()}, store)
         work = work_folder(_STAGE, key) / share.name
         context = Context(run["id"], run["pipeline"], _STAGE, key, store, work / "out", work)
-        if read_commit(_STAGE, key, config, store) or keeping.fetch(share, context)[0]:
+        kept, why = keeping.fetch(share, context)
+        if kept is not None or read_commit(_STAGE, key, config, store):
             ending["cached"] = True
         else:
+            log.info("slice %s: %s; its share is begun", share, why)
             artifacts = lay_inputs(inputs, work / "inputs", store)
             task = task_of(artifacts, config)
             keeping.keep(task.take(config, read_tests(artifacts), artifacts, context, share), share, context)
