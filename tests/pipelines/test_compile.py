@@ -311,7 +311,11 @@ def test_one_slice_is_evaluate_alone_and_a_classifier_without_compression_has_sl
     one, _, _ = compiled(tmp_path, "hardware.stages.evaluate.slices=1")
     assert one == compiled(tmp_path)[0]
     plain = compiled(
-        tmp_path, "hardware.stages.evaluate.slices=2", "compress=false", name="classify_finance"
+        tmp_path,
+        "hardware.stages.evaluate.slices=2",
+        "compress=false",
+        "evaluate.gates={}",
+        name="classify_finance",
     )[0]
     assert set(tasks(plain)["evaluate-slice"]["inputs"]["artifacts"]) == {"test", "train", "model"}
 
