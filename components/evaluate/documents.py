@@ -5,27 +5,94 @@ from __future__ import annotations
 import gc
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from components.evaluate import intervals, resources
+from components.evaluate import intervals, resources, sitting
 from components.evaluate.config import EvaluateConfig
 from components.evaluate.findings import Findings
+from components.evaluate.slices.share import Part, Share, joined
 from components.shared import causal, documents
 from components.shared.causal import Encoded
 from components.shared.modelcard import ModelCard
-from components.shared.progress import Progress
 from components.shared.stage import Artifact, Context
 
 
 @dataclass(frozen=True)
 class Reading:
-    """What one system made of the documents: nats of each, over all its pieces."""
+    """What one system made of the documents: nats of each, over all its pieces; speed and memory."""
 
     nats: list[float]
-    seconds: float
-    memory_gib: float
+    measured: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Cut:
+    """The documents as every system reads them.
+
+    Args:
+        tokens: of each document that carry loss.
+        pieces: of all of them.
+        counts: how many of the pieces are each document's.
+    """
+
+    tokens: list[int]
+    pieces: list[Encoded]
+    counts: list[int]
+
+
+def prepare(tests: Sequence[Mapping[str, Any]], inputs: Mapping[str, Artifact]) -> Cut:
+    """The documents in pieces as in training: their loss depends on how far back the model can look."""
+    tokenizer = sitting.tokenizer_of(inputs)
+    length = ModelCard.read(inputs["model"].path).max_length_tokens
+    whole = [documents.encode(tokenizer, row["text"]) for row in tests]
+    cut = [documents.pieces(each, length, tokenizer.bos_token_id) for each in whole]
+    return Cut([e.terms for e in whole], [piece for pieces in cut for piece in pieces], list(map(len, cut)))
+
+
+def take(
+    config: EvaluateConfig,
+    tests: Sequence[Mapping[str, Any]],
+    inputs: Mapping[str, Artifact],
+    context: Context,
+    share: Share,
+) -> Part:
+    """Read a share of the pieces with each system.
+
+    Args:
+        config: see EvaluateConfig; nothing is generated.
+        tests: test examples sorted by id.
+        inputs: `model`, and `compressed` where there is that stage.
+        context: of the stage.
+        share: which batches.
+
+    Raises:
+        TuneyardError: the base has changed.
+    """
+    card, ships = ModelCard.read(inputs["model"].path), sitting.shipped(inputs)
+    precision = causal.served_precision(inputs[ships].path)
+    pieces = prepare(tests, inputs).pieces
+    systems: dict[str, Callable[[], Any]] = {
+        "base": lambda: causal.load_base(card, context.store, precision),
+        "tuned": lambda: causal.load(inputs[ships].path, context.store, precision)[0],
+    }
+    if ships == "compressed":
+        systems["uncompressed"] = lambda: causal.load(inputs["model"].path, context.store, precision)[0]
+    arrays: dict[str, Any] = {}
+    measured: dict[str, dict[str, Any]] = {}
+    for name, load in systems.items():
+        # More slices than batches: nothing to load a model for.
+        model = load() if sitting.loss_batches(pieces, share) else None
+        started = time.perf_counter()
+        with resources.peak_memory() as memory:
+            arrays |= sitting.losses(name, model, pieces, share)
+        seconds = time.perf_counter() - started
+        read = sum(pieces[at].terms for at in arrays[f"{name}/nats:of"].tolist())
+        measured[name] = {"tokens_per_second": read / seconds, "memory_gib": memory["gib"]}
+        del model
+        gc.collect()
+    return Part(arrays, {"precision": precision}, measured if share.measures else {})
 
 
 def judge(
@@ -33,66 +100,50 @@ def judge(
     tests: Sequence[Mapping[str, Any]],
     inputs: Mapping[str, Artifact],
     context: Context,
+    parts: Sequence[Part],
 ) -> Findings:
     """Base and tuned model side by side; `tuned` is the compressed artifact where there is one.
 
     Args:
-        config: see EvaluateConfig; nothing is generated.
+        config: see EvaluateConfig.
         tests: test examples sorted by id.
         inputs: `model`, and `compressed` where there is that stage.
         context: of the stage.
-    """
-    from transformers import AutoTokenizer
+        parts: what `take` found in every share.
 
-    folder = inputs["model"].path
-    card = ModelCard.read(folder)
-    shipped = "compressed" if "compressed" in inputs else "model"
-    precision = causal.served_precision(inputs[shipped].path)
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    whole = [documents.encode(tokenizer, row["text"]) for row in tests]
-    # As in training: the loss of a document depends on how far back the model can look.
-    cut = [documents.pieces(e, card.max_length_tokens, tokenizer.bos_token_id) for e in whole]
-    found: dict[str, Reading] = {}
-    for name, path in (("base", None), ("tuned", inputs[shipped].path), ("uncompressed", folder)):
-        if name == "uncompressed" and shipped == "model":
-            continue
-        opened = causal.load(path, context.store, precision)[0] if path else None
-        model = opened if path else causal.load_base(card, context.store, precision)
-        found[name] = read(name, model, cut)
-        del model, opened
-        gc.collect()
+    Raises:
+        TuneyardError: the parts do not add up.
+    """
+    cut, ships = prepare(tests, inputs), sitting.shipped(inputs)
+    names = ["base", "tuned"] + (["uncompressed"] if ships == "compressed" else [])
+    found = {name: whole(name, cut, parts) for name in names}
     characters = [len(row["text"]) for row in tests]
-    tokens = [e.terms for e in whole]
-    systems = {name: score(found[name], tokens, characters) for name in ("base", "tuned")}
+    systems = {name: score(found[name], cut.tokens, characters) for name in ("base", "tuned")}
     systems["base"]["about"] = "the base model, untuned"
-    systems["tuned"]["about"] = f"the tuned model that ships (artifact {shipped!r})"
+    systems["tuned"]["about"] = f"the tuned model that ships (artifact {ships!r})"
     systems["tuned"]["loss_reduction"] = 1 - systems["tuned"]["loss"] / systems["base"]["loss"]
     between = intervals.of_reduction(found["base"].nats, found["tuned"].nats)
     systems["tuned"]["intervals"]["loss_reduction"] = between
     if "uncompressed" in found:
-        systems["uncompressed"] = _uncompressed(found, sum(tokens))
+        systems["uncompressed"] = _uncompressed(found, sum(cut.tokens))
     facts = {
-        "precision": precision,
+        "precision": parts[0].facts["precision"],
         "documents": {
             "count": len(tests),
-            "tokens": sum(tokens),
-            "pieces": sum(map(len, cut)),
-            "piece_tokens": card.max_length_tokens,
+            "tokens": sum(cut.tokens),
+            "pieces": len(cut.pieces),
+            "piece_tokens": ModelCard.read(inputs["model"].path).max_length_tokens,
         },
         "latency": "none: documents are read, and nothing is answered",
     }
-    return Findings(systems, "tuned", rows(tests, tokens, cut, found), facts)
+    return Findings(systems, "tuned", rows(tests, cut, found), facts)
 
 
-def read(name: str, model: Any, cut: Sequence[Sequence[Encoded]]) -> Reading:
-    """Let one system read the documents, with progress lines under its name."""
-    every = [piece for pieces in cut for piece in pieces]
-    started = time.perf_counter()
-    with resources.peak_memory() as memory:
-        progress = Progress(f"{name}: loss", len(every), "pieces")
-        nats = iter(causal.answer_nats(model, every, done=progress.advance))
-    seconds = time.perf_counter() - started
-    return Reading([sum(next(nats) for _ in pieces) for pieces in cut], seconds, memory["gib"])
+def whole(name: str, cut: Cut, parts: Sequence[Part]) -> Reading:
+    """What one system did, put together from all shares."""
+    nats = iter(joined(parts, f"{name}/nats").tolist())
+    of_documents = [sum(next(nats) for _ in range(count)) for count in cut.counts]
+    return Reading(of_documents, parts[0].measured.get(name, {}))
 
 
 def score(reading: Reading, tokens: Sequence[int], characters: Sequence[int]) -> dict[str, Any]:
@@ -107,8 +158,7 @@ def score(reading: Reading, tokens: Sequence[int], characters: Sequence[int]) ->
         "perplexity": math.exp(loss) if loss < 700 else None,
         "loss_per_character": by_character,
         "perplexity_per_character": math.exp(by_character) if by_character < 700 else None,
-        "tokens_per_second": sum(tokens) / reading.seconds,
-        "memory_gib": reading.memory_gib,
+        **reading.measured,
         "intervals": {
             "loss": intervals.of_ratio(reading.nats, list(tokens)),
             "loss_per_character": intervals.of_ratio(reading.nats, list(characters)),
@@ -130,8 +180,7 @@ def _uncompressed(found: Mapping[str, Reading], tokens: int) -> dict[str, Any]:
 
 def rows(
     tests: Sequence[Mapping[str, Any]],
-    tokens: Sequence[int],
-    cut: Sequence[Sequence[Encoded]],
+    cut: Cut,
     found: Mapping[str, Reading],
 ) -> list[dict[str, Any]]:
     """What each document cost each system, for answers.jsonl."""
@@ -140,8 +189,8 @@ def rows(
             "id": row["id"],
             "origin": row.get("origin"),
             "characters": len(row["text"]),
-            "tokens": tokens[at],
-            "pieces": len(cut[at]),
+            "tokens": cut.tokens[at],
+            "pieces": cut.counts[at],
             "base_nats": found["base"].nats[at],
             "tuned_nats": found["tuned"].nats[at],
         }

@@ -60,7 +60,7 @@ def render(document: Mapping[str, Any], findings: Findings) -> str:
     names = [name for name in _ORDER if name in findings.systems]
     shipped = findings.systems[findings.ships]
     wrong = [row for row in findings.answers if row.get(findings.ships) != row.get("reference")]
-    is_causal = document["task"] == "causal-lm"
+    is_causal = document["task"] in ("causal-lm", "seq2seq")
     return environment.get_template(_TEMPLATE).render(
         document=document,
         systems=findings.systems,

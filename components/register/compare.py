@@ -61,7 +61,7 @@ class Comparison:
 
 def default_metric(task: str) -> str:
     """What models of a task are compared by when the pipeline file does not say."""
-    return "loss" if task == "causal-lm" else "accuracy"
+    return "loss" if task in ("causal-lm", "seq2seq") else "accuracy"
 
 
 def compare(metric: str, new: Judged, present: Judged | None) -> Comparison:

@@ -38,7 +38,7 @@ def prepare(tokenizer: Any) -> Any:
 
 
 def messages(tokenizer: Any, example: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """An example as chat messages; `reasoning` where the template has a place for it, else before the answer."""
+    """An example as messages; `reasoning` where the template has a place for it, else before the answer."""
     found: list[dict[str, Any]] = list(examples.messages(example))
     reasoning = example.get("reasoning")
     if not reasoning:
@@ -80,7 +80,7 @@ def answer_ids(tokenizer: Any, answer: str) -> list[int]:
 
 
 def answer_text(tokenizer: Any, messages: Messages, tools: Tools = None) -> str:
-    """What the assistant must write as its last message: the content, or all that the template makes of it."""
+    """What the assistant must write as last message: its content, or all that the template makes of it."""
     answer = messages[-1]
     if not (answer.get("tool_calls") or answer.get("reasoning_content")):
         return str(answer["content"])

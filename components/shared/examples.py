@@ -60,9 +60,9 @@ def content(example: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def kind(example: Mapping[str, Any]) -> str:
-    """The dataset type of an example, by its fields: of those whose fields it has, the one with the most."""
+    """The dataset type of an example, by its fields: of those that it has all of, the one with the most."""
     fitting = [name for name, needed in REQUIRED.items() if set(needed) <= example.keys()]
-    return max(fitting, key=lambda name: len(REQUIRED[name]))
+    return max(fitting, key=lambda name: len(REQUIRED[name]), default="")
 
 
 def messages(example: Mapping[str, Any]) -> list[dict[str, Any]]:

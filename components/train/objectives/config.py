@@ -33,6 +33,12 @@ class LanguageModelingObjective(Settings):
     kind: Literal["language-modeling"]
 
 
+class Seq2SeqObjective(Settings):
+    """An encoder-decoder model writes the completion of what it reads; loss on the completion."""
+
+    kind: Literal["seq2seq"]
+
+
 class ClassificationObjective(Settings):
     """One label out of several for a text."""
 
@@ -40,6 +46,6 @@ class ClassificationObjective(Settings):
 
 
 ObjectiveConfig = Annotated[
-    SftObjective | LanguageModelingObjective | ClassificationObjective,
+    SftObjective | LanguageModelingObjective | Seq2SeqObjective | ClassificationObjective,
     Field(discriminator="kind"),
 ]

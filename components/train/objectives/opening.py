@@ -13,9 +13,11 @@ from components.train.objectives.classification import Classification, labels_of
 from components.train.objectives.config import (
     ClassificationObjective,
     LanguageModelingObjective,
+    Seq2SeqObjective,
     SftObjective,
 )
 from components.train.objectives.language_modeling import LanguageModeling
+from components.train.objectives.seq2seq import Seq2Seq
 from components.train.objectives.sft import Sft
 
 
@@ -36,6 +38,8 @@ def open_objective(config: TrainConfig, rows: Sequence[Mapping[str, Any]], folde
             objective = Sft(folder, held_in(config), config.dropout, config.objective)
         case LanguageModelingObjective():
             objective = LanguageModeling(folder, held_in(config), config.dropout)
+        case Seq2SeqObjective():
+            objective = Seq2Seq(folder, config.dropout)
         case ClassificationObjective():
             objective = Classification(folder, labels_of(rows), config.dropout)
     choose_attention(objective, config.max_length)

@@ -162,6 +162,6 @@ def test_documents_go_through_training_and_judgement(line, tiny_causal):
 
 
 def test_a_gate_on_answers_is_refused_where_documents_judge(line, monkeypatch):
-    monkeypatch.setattr(judging, "judge", lambda *_: pytest.fail("a model was judged"))
+    monkeypatch.setattr(judging, "take", lambda *_: pytest.fail("a model was judged"))
     with pytest.raises(TuneyardError, match="rouge_l cannot be measured"):
         evaluate(EvaluateConfig(gates={"rouge_l": {"min": 0.1}}), line.inputs, line.context)
