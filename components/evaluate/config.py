@@ -39,6 +39,14 @@ METRICS: dict[str, tuple[str, ...]] = {
         "tokens_per_second",
         "memory_gib",
     ),
+    "masked-lm": (
+        "loss",
+        "loss_reduction",
+        "perplexity",
+        "masked_accuracy",
+        "tokens_per_second",
+        "memory_gib",
+    ),
     "causal-lm by language-modeling": (
         "loss",
         "loss_reduction",

@@ -130,7 +130,7 @@ def judge(
         "precision": parts[0].facts["precision"],
         "documents": {
             "count": len(tests),
-            "tokens": sum(cut.tokens),
+            "tokens": f"{sum(cut.tokens):,}",
             "pieces": len(cut.pieces),
             "piece_tokens": ModelCard.read(inputs["model"].path).max_length_tokens,
         },

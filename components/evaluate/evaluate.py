@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from components.evaluate import answers, classes, documents, gates, page, seq2seq
+from components.evaluate import answers, classes, documents, gates, masked, page, seq2seq
 from components.evaluate.config import EvaluateConfig
 from components.evaluate.findings import Findings, flat, numbers
 from components.evaluate.slices import keeping
@@ -86,6 +86,8 @@ def task_of(inputs: Mapping[str, Artifact], config: EvaluateConfig) -> Any:
             return documents
         case "causal-lm", _:
             return answers
+        case "masked-lm", _:
+            return masked
         case "seq2seq", _:
             return seq2seq
         case _:

@@ -23,6 +23,7 @@ _METRICS: dict[str, tuple[str, str, int]] = {
     "rouge_l": ("ROUGE-L", "{:.3f}", 1),
     "rouge_l_gain": ("ROUGE-L above the base's", "{:+.3f}", 1),
     "bleu": ("BLEU", "{:.3f}", 1),
+    "masked_accuracy": ("Hidden tokens named right", "{:.1%}", 1),
     "exact_match": ("Exact match", "{:.1%}", 1),
     "statute_citation_accuracy": ("Statute cited as in the reference", "{:.1%}", 1),
     "accuracy": ("Accuracy", "{:.2%}", 1),
@@ -60,7 +61,7 @@ def render(document: Mapping[str, Any], findings: Findings) -> str:
     names = [name for name in _ORDER if name in findings.systems]
     shipped = findings.systems[findings.ships]
     wrong = [row for row in findings.answers if row.get(findings.ships) != row.get("reference")]
-    is_causal = document["task"] in ("causal-lm", "seq2seq")
+    is_causal = document["task"] in ("causal-lm", "seq2seq", "masked-lm")
     return environment.get_template(_TEMPLATE).render(
         document=document,
         systems=findings.systems,

@@ -16,11 +16,12 @@ _OVER_ALL_EXAMPLES = {
     "loss_reduction",
     "loss_per_character",
     "perplexity_per_character",
+    "masked_accuracy",
     "accuracy",
     "macro_f1",
     "auc",
 }
-_BY_TOKEN = {"loss", "perplexity", "loss_reduction"}
+_BY_TOKEN = {"loss", "perplexity", "loss_reduction", "masked_accuracy"}
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ class Comparison:
 
 def default_metric(task: str) -> str:
     """What models of a task are compared by when the pipeline file does not say."""
-    return "loss" if task in ("causal-lm", "seq2seq") else "accuracy"
+    return "loss" if task in ("causal-lm", "seq2seq", "masked-lm") else "accuracy"
 
 
 def compare(metric: str, new: Judged, present: Judged | None) -> Comparison:

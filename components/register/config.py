@@ -16,6 +16,7 @@ BETTER: dict[str, Literal["lower", "higher"]] = {
     "perplexity": "lower",
     "loss_reduction": "higher",
     "loss_per_character": "lower",
+    "masked_accuracy": "higher",
     "perplexity_per_character": "lower",
     "exact_match": "higher",
     "rouge_l": "higher",

@@ -11,8 +11,8 @@ from typing import Literal
 
 from components.shared.examples import DatasetType
 
-Task = Literal["causal-lm", "classification", "seq2seq"]
-ObjectiveKind = Literal["sft", "language-modeling", "seq2seq", "classification"]
+Task = Literal["causal-lm", "classification", "seq2seq", "masked-lm"]
+ObjectiveKind = Literal["sft", "language-modeling", "masked-language-modeling", "seq2seq", "classification"]
 # What compress can make smaller, and what the model server answers with.
 COMPRESSED: tuple[Task, ...] = ("causal-lm", "classification")
 SERVED: tuple[Task, ...] = ("causal-lm", "classification")
@@ -40,6 +40,7 @@ class Trait:
 OBJECTIVES: dict[str, Trait] = {
     "sft": Trait("causal-lm", ("prompt-completion", "conversational"), adapter="lora"),
     "language-modeling": Trait("causal-lm", ("language-modeling",), adapter="lora", splits=True),
+    "masked-language-modeling": Trait("masked-lm", ("language-modeling",), splits=True),
     "seq2seq": Trait("seq2seq", ("prompt-completion",)),
     "classification": Trait("classification", ("labelled-text",), stratify_by="label"),
 }

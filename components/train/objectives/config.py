@@ -33,6 +33,18 @@ class LanguageModelingObjective(Settings):
     kind: Literal["language-modeling"]
 
 
+class MaskedLanguageModelingObjective(Settings):
+    """Continued pre-training of an encoder: it names hidden tokens of whole documents (arXiv:1810.04805).
+
+    Args:
+        fraction: of the tokens that are hidden, 0-1; of these 80% become the mask, 10% some other token, and
+            10% stay (there, section 3.1).
+    """
+
+    kind: Literal["masked-language-modeling"]
+    fraction: float = Field(0.15, gt=0, lt=1)
+
+
 class Seq2SeqObjective(Settings):
     """An encoder-decoder model writes the completion of what it reads; loss on the completion."""
 
@@ -46,6 +58,10 @@ class ClassificationObjective(Settings):
 
 
 ObjectiveConfig = Annotated[
-    SftObjective | LanguageModelingObjective | Seq2SeqObjective | ClassificationObjective,
+    SftObjective
+    | LanguageModelingObjective
+    | MaskedLanguageModelingObjective
+    | Seq2SeqObjective
+    | ClassificationObjective,
     Field(discriminator="kind"),
 ]

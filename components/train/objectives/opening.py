@@ -13,10 +13,12 @@ from components.train.objectives.classification import Classification, labels_of
 from components.train.objectives.config import (
     ClassificationObjective,
     LanguageModelingObjective,
+    MaskedLanguageModelingObjective,
     Seq2SeqObjective,
     SftObjective,
 )
 from components.train.objectives.language_modeling import LanguageModeling
+from components.train.objectives.masked_language_modeling import MaskedLanguageModeling
 from components.train.objectives.seq2seq import Seq2Seq
 from components.train.objectives.sft import Sft
 
@@ -38,6 +40,8 @@ def open_objective(config: TrainConfig, rows: Sequence[Mapping[str, Any]], folde
             objective = Sft(folder, held_in(config), config.dropout, config.objective)
         case LanguageModelingObjective():
             objective = LanguageModeling(folder, held_in(config), config.dropout)
+        case MaskedLanguageModelingObjective():
+            objective = MaskedLanguageModeling(folder, config.objective, config.dropout)
         case Seq2SeqObjective():
             objective = Seq2Seq(folder, config.dropout)
         case ClassificationObjective():

@@ -13,7 +13,7 @@ from components.train.objectives.base import Objective, base_settings
 
 
 class Seq2Seq(Objective):
-    """Next-token loss on the completion that the decoder writes of what the encoder read (arXiv:1910.10683)."""
+    """Next-token loss on the completion that a decoder writes of what an encoder read (arXiv:1910.10683)."""
 
     task: Task = "seq2seq"
 
