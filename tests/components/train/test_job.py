@@ -23,7 +23,8 @@ from k8s import pod_security
 from pipelines import compile as compiling
 from pipelines.images import lock
 from pipelines.spec import load
-from tests.components.train.kube_server import Cluster, pod_template, refusals, serving
+from tests.components.train.kube_cluster import Cluster, pod_template, refusals
+from tests.components.train.kube_server import serving
 from tests.components.train.test_worker import rows, settings_for
 from tests.pipelines.test_compile import IMAGES
 
@@ -105,11 +106,12 @@ def test_the_nodes_have_what_the_stages_own_pod_would_have(tmp_path):
     assert pod_security.faults(spec) == [] and spec["automountServiceAccountToken"] is False
 
 
-def test_a_scratch_class_replaces_the_runtimes_volume(tmp_path):
+def test_work_is_of_the_scratch_class_where_there_is_one(tmp_path):
     asked = asked_of(tmp_path, *OVERRIDES[:2], "hardware.stages.train.scratch_class=fast")
     _, spec = pod_template(body_of(asked), next(iter(Cluster(tmp_path).runtimes.values())))
     (mount,) = [m for m in spec["containers"][0]["volumeMounts"] if m["mountPath"] == "/work"]
     (volume,) = [v for v in spec["volumes"] if v["name"] == mount["name"]]
+    assert mount["name"] == "work"
     assert set(volume) == {"name", "ephemeral"} and pod_security.faults(spec) == []
 
 
@@ -132,7 +134,7 @@ def test_the_stages_own_pod_watches_and_takes_no_place_of_a_gpu(tmp_path):
     )
     assert "nodeSelector" not in config and "tolerations" not in config
     assert not [name for name in config["podMetadata"]["labels"] if "kueue" in name]
-    assert config["secretAsVolume"][0]["mountPath"] == str(api.TOKEN)
+    assert config["secretAsVolume"][0]["mountPath"] == trainjob.TOKEN_PATH
 
 
 @pytest.mark.parametrize("pipeline", ["sft_legal", "a" * 90, "Q&A.v2-"])
