@@ -12,6 +12,7 @@ from components.shared.manifest import Manifest, describe
 from components.shared.modelcard import BaseModelRef, ModelCard
 from components.shared.stage import Artifact, Context
 from components.shared.store import Store
+from tests.tiny import tiny_gemma
 
 QUESTIONS = [
     "合同未履行怎么办",
@@ -70,30 +71,6 @@ def make_tokenizer(texts: list[str]):
     raw.decoder = decoders.Fuse()
     names = {"pad_token": "<pad>", "eos_token": "</s>", "bos_token": "<s>", "unk_token": "<unk>"}
     return chat.prepare(PreTrainedTokenizerFast(tokenizer_object=raw, **names))
-
-
-def tiny_gemma(vocabulary: int, **changes):
-    import torch
-    from transformers import Gemma3ForCausalLM, Gemma3TextConfig
-
-    torch.manual_seed(0)
-    settings = {
-        "vocab_size": vocabulary,
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 1,
-        "head_dim": 16,
-        "sliding_window": 16,
-        "layer_types": ["sliding_attention", "full_attention"],
-        "max_position_embeddings": 256,
-        "initializer_range": 0.1,
-        "pad_token_id": 0,
-        "eos_token_id": 1,
-        "bos_token_id": 2,
-    }
-    return Gemma3ForCausalLM(Gemma3TextConfig(**{**settings, **changes})).eval()
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import multiprocessing
 import subprocess
 import sys
 import time
@@ -10,18 +9,7 @@ import pytest
 
 from components.shared import mlflow_database, tracking
 from components.shared.errors import TuneyardError
-
-FORK = multiprocessing.get_context("fork")
-
-
-def rivals(target, arguments):
-    """Run target(*a) for each a in a process of its own, at the same time; returns the exit codes."""
-    processes = [FORK.Process(target=target, args=a, daemon=True) for a in arguments]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(60)
-    return [process.exitcode for process in processes]
+from tests.rivals import FORK, rivals
 
 
 def test_without_a_tracking_uri_nothing_happens_and_mlflow_is_not_imported():
