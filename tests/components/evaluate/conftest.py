@@ -73,22 +73,6 @@ def make_tokenizer(texts: list[str]):
     return chat.prepare(PreTrainedTokenizerFast(tokenizer_object=raw, **names))
 
 
-@pytest.fixture(scope="session")
-def one_thread():
-    """Tiny models are slower on two threads than on one, and far slower when the machine is busy."""
-    import torch
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="session")
-def make_gemma(one_thread):
-    return tiny_gemma
-
-
 @pytest.fixture
 def write_dataset():
     return dataset
@@ -114,7 +98,7 @@ def _tune(model, encoded, steps: int) -> None:
 
 
 @pytest.fixture(scope="session")
-def causal_line(tmp_path_factory, one_thread):
+def causal_line(tmp_path_factory):
     """Folders of train, test, base and tuned model; test asks the questions of train in other words."""
     root = tmp_path_factory.mktemp("causal")
     pairs = list(zip(QUESTIONS, ANSWERS, strict=True))
@@ -163,7 +147,7 @@ def _texts(first: int, last: int) -> list[dict]:
 
 
 @pytest.fixture(scope="session")
-def class_line(tmp_path_factory, one_thread):
+def class_line(tmp_path_factory):
     """Folders of train, test, base, tuned and ONNX model of a tiny news classifier."""
     import torch
     from transformers import BertConfig, BertForSequenceClassification, BertModel

@@ -70,6 +70,7 @@ def test_processes_that_start_at_once_share_one_experiment(mlflow_store):
     assert sorted(r.data.params["i"] for r in client.search_runs([experiment.experiment_id])) == list("0123")
 
 
+@pytest.mark.slow  # MLflow's migrations of a database, and processes that import MLflow
 def test_processes_that_meet_an_empty_database_all_get_it(tmp_path, monkeypatch):
     """Without the lock they run MLflow's migrations over each other: 7 of 8 failed."""
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'new.db'}")
