@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from components.train.trainjob import ASKED, Nodes
+from components.train.trainjob import ASKED, TOKEN_PATH, Nodes
 from pipelines.hardware import HardwareConfig, StageHardware
 from pipelines.images.lock import Image
 
@@ -42,7 +42,6 @@ SECRETS: dict[str, Mapping[str, tuple[str, ...]]] = {
 # What a slice of evaluate is called: its component, its task and its place here.
 SLICE = "evaluate-slice"
 TRAIN_TOKEN = "tuneyard-train-token"
-TRAIN_TOKEN_PATH = "/var/run/secrets/tuneyard/train"
 USER = 10001
 # Label (or taint) by which a provider marks its spot nodes; each documents it as the way to ask for them.
 _SPOT = {
@@ -109,7 +108,7 @@ def _training_job(task: Any, pipeline: str, hardware: HardwareConfig, images: Ma
         timeout_seconds=round((asked.timeout_hours or 0) * 3600),
     )
     task.set_env_variable(ASKED, nodes.model_dump_json(exclude_none=True))
-    kubernetes.use_secret_as_volume(task, TRAIN_TOKEN, TRAIN_TOKEN_PATH)
+    kubernetes.use_secret_as_volume(task, TRAIN_TOKEN, TOKEN_PATH)
 
 
 def _watching(asked: StageHardware, hardware: HardwareConfig) -> StageHardware:

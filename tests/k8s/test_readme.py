@@ -12,7 +12,7 @@ import yaml
 
 from components.deploy.config import DeployConfig
 from k8s import render
-from tests.k8s.test_manifests import SECRETS
+from tests.k8s.test_manifests import SECRETS, images_of
 
 K8S = Path(__file__).resolve().parents[2] / "k8s"
 README = (K8S / "README.md").read_text()
@@ -64,3 +64,21 @@ def test_the_canary_that_the_instructions_show_is_one() -> None:
     shown = DeployConfig.model_validate(yaml.safe_load(block)["deploy"])
     assert shown.canary is not None
     assert set(yaml.safe_load(block)["deploy"]["canary"]) == set(type(shown.canary).model_fields)
+
+
+@pytest.mark.parametrize("overlay", ["local"])
+def test_the_images_of_others_are_pinned_as_the_instructions_say(objects, tmp_path) -> None:
+    tagged = {image for image in images_of(objects) if not image.startswith("tuneyard/")}
+    (block,) = re.findall(r"```yaml\n(images:.*?)```", README, re.DOTALL)
+    pinned = yaml.safe_load(block.replace("<64 hexadecimal digits>", "d" * 64))
+    assert {image["name"] for image in pinned["images"]} == {image.split(":")[0] for image in tagged}
+    shutil.copytree(K8S, tmp_path / "k8s", ignore=shutil.ignore_patterns("__pycache__"))
+    file = tmp_path / "k8s" / "overlays" / "local" / "kustomization.yaml"
+    file.write_text(file.read_text() + yaml.safe_dump(pinned))
+    done = subprocess.run(["kubectl", "kustomize", str(file.parent)], capture_output=True, text=True)
+    found = images_of(list(yaml.safe_load_all(done.stdout)))
+    digest = f"sha256:{'d' * 64}"
+    assert {image for image in found if not image.startswith("tuneyard/")} == {
+        f"postgres@{digest}",
+        f"registry.example/mirror/seaweedfs@{digest}",
+    }, done.stderr

@@ -20,6 +20,7 @@ from pipelines.placement import PLATFORM_VARIABLES
 from pipelines.spec import load
 from tests.pipelines.cluster.kfp_server import Endpoint, serving
 
+pytestmark = pytest.mark.server
 STAGES = ["ingest", "validate", "split", "train", "evaluate", "register", "deploy"]
 
 
