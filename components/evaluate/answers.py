@@ -29,7 +29,7 @@ def take(
         TuneyardError: the text metrics do not hold for this corpus, or no example fits into the model.
     """
     tokenizer = sitting.tokenizer_of(inputs)
-    text_metrics.self_test([sitting.wanted(tokenizer, row) for row in tests])
+    text_metrics.self_test([sitting.reference(tokenizer, row) for row in tests])
     return sitting.take(config, tests, inputs, context, share, kind)
 
 

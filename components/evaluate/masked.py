@@ -98,17 +98,7 @@ def judge(
     right = {name: _by_document(joined(parts, f"{name}/right").tolist(), cut) for name in nats}
     systems: dict[str, dict[str, Any]] = {}
     for name in nats:
-        loss = sum(nats[name]) / sum(tokens)
-        systems[name] = {
-            "loss": loss,
-            "perplexity": math.exp(loss) if loss < 700 else None,
-            "masked_accuracy": sum(right[name]) / sum(tokens),
-            **parts[0].measured.get(name, {}),
-            "intervals": {
-                "loss": intervals.of_ratio(nats[name], tokens),
-                "masked_accuracy": intervals.of_ratio(right[name], tokens),
-            },
-        }
+        systems[name] = score(nats[name], right[name], tokens) | parts[0].measured.get(name, {})
     systems["base"]["about"] = "the base model, untuned; one without a head for masks has a new one"
     systems["tuned"]["about"] = "the tuned model (artifact 'model')"
     systems["tuned"]["loss_reduction"] = 1 - systems["tuned"]["loss"] / systems["base"]["loss"]
@@ -123,17 +113,25 @@ def judge(
         "latency": "none: documents are read, and nothing is answered",
     }
     answers = [
-        {
-            "id": row["id"],
-            "origin": row.get("origin"),
-            "hidden_tokens": tokens[at],
-            "pieces": len(cut[at]),
-            "base_nats": nats["base"][at],
-            "tuned_nats": nats["tuned"][at],
-        }
+        {"id": row["id"], "origin": row.get("origin"), "hidden_tokens": tokens[at], "pieces": len(cut[at])}
+        | {f"{name}_nats": nats[name][at] for name in nats}
         for at, row in enumerate(tests)
     ]
     return Findings(systems, "tuned", answers, facts)
+
+
+def score(nats: Sequence[float], right: Sequence[float], tokens: Sequence[int]) -> dict[str, Any]:
+    """The metrics of one system over documents with so many hidden tokens, and their 95% intervals."""
+    loss = sum(nats) / sum(tokens)
+    return {
+        "loss": loss,
+        "perplexity": math.exp(loss) if loss < 700 else None,
+        "masked_accuracy": sum(right) / sum(tokens),
+        "intervals": {
+            "loss": intervals.of_ratio(list(nats), list(tokens)),
+            "masked_accuracy": intervals.of_ratio(list(right), list(tokens)),
+        },
+    }
 
 
 def _by_document(values: Sequence[float], cut: Sequence[Sequence[Piece]]) -> list[float]:

@@ -76,10 +76,10 @@ class Exam:
     @property
     def references(self) -> list[str]:
         """What the generated answers should be."""
-        return [wanted(self.tokenizer, row) for row in self.tests[: len(self.prompts)]]
+        return [reference(self.tokenizer, row) for row in self.tests[: len(self.prompts)]]
 
 
-def wanted(tokenizer: Any, row: Mapping[str, Any]) -> str:
+def reference(tokenizer: Any, row: Mapping[str, Any]) -> str:
     """What a model should write: the answer, with what it thinks before it and the tools it calls."""
     return chat.answer_text(tokenizer, chat.messages(tokenizer, row), row.get("tools")).strip()
 
@@ -131,8 +131,7 @@ def take(
     """
     from transformers import AutoConfig
 
-    card = ModelCard.read(inputs["model"].path)
-    ships = shipped(inputs)
+    card, ships = ModelCard.read(inputs["model"].path), shipped(inputs)
     precision = causal.served_precision(inputs[ships].path)
     settings = AutoConfig.from_pretrained(card.base_model.folder(context.store), local_files_only=True)
     window = getattr(settings.get_text_config(), "max_position_embeddings", None)
@@ -187,8 +186,7 @@ def prepare(
     kept = [row for row in tests if window_tokens is None or len(encoded[row["id"]].answer) < window_tokens]
     if not kept:
         raise TuneyardError(
-            f"each answer of the {len(tests)} test examples is longer than the model's window of "
-            f"{window_tokens} tokens",
+            f"each answer of the {len(tests)} test examples exceeds the model's window of {window_tokens} tokens",
             "use a base model with a longer context, or shorter answers",
         )
     whole = [encoded[row["id"]] for row in kept]
@@ -200,22 +198,20 @@ def prepare(
 
     cut = [cut_beside(e.prompt, len(e.answer)) for e in whole]
     asked = min(config.max_generated, len(kept))
-    limit = config.max_new_tokens or min(
-        max(len(e.answer) for e in whole[:asked]), _LONGEST_DEFAULT_ANSWER_TOKENS
-    )
+    longest = max(len(e.answer) for e in whole[:asked])
+    limit = config.max_new_tokens or min(longest, _LONGEST_DEFAULT_ANSWER_TOKENS)
     if window_tokens is not None:
         limit = min(limit, window_tokens - 1)
     prompts = [cut_beside(e.prompt, limit) for e in whole[:asked]]
     judged = [Encoded(prompt, e.answer) for prompt, e in zip(cut, whole, strict=True)]
     exam = Exam(kept, judged, prompts, limit, config.per_device_batch_size, tokenizer, kind)
-    truncated = {
-        "prompts": sum(len(now) < len(e.prompt) for now, e in zip(cut, whole, strict=True)),
-        "left_out": sorted(encoded.keys() - {row["id"] for row in kept}),
-        "of": len(tests),
-        "limit_tokens": window_tokens,
-    }
     facts = {
-        "truncated": truncated,
+        "truncated": {
+            "prompts": sum(len(now) < len(e.prompt) for now, e in zip(cut, whole, strict=True)),
+            "left_out": sorted(encoded.keys() - {row["id"] for row in kept}),
+            "of": len(tests),
+            "limit_tokens": window_tokens,
+        },
         "answered": asked,
         "max_new_tokens": limit,
         "latency": f"from the start of a batch of {config.per_device_batch_size} prompts to an answer's end",
