@@ -186,7 +186,7 @@ def prepare(
     kept = [row for row in tests if window_tokens is None or len(encoded[row["id"]].answer) < window_tokens]
     if not kept:
         raise TuneyardError(
-            f"each answer of the {len(tests)} test examples exceeds the model's window of {window_tokens} tokens",
+            f"each answer of the {len(tests)} test examples exceeds the window of {window_tokens} tokens",
             "use a base model with a longer context, or shorter answers",
         )
     whole = [encoded[row["id"]] for row in kept]
