@@ -156,13 +156,13 @@ def test_a_request_on_its_way_to_a_replaced_model_is_answered_by_the_new_one(ser
     old = CausalModel(Identity("tiny", "0", "c" * 64), *model_and_tokenizer, Window(None))
     old.close()
     found = iter([old, served])
-    catalogue = SimpleNamespace(causal=lambda name: next(found))
-    request = SimpleNamespace(state=SimpleNamespace())
+    catalogue = SimpleNamespace(causal=lambda name, choice: next(found))
+    request = SimpleNamespace(state=SimpleNamespace(), headers={})
     asked = CompletionRequest(model="tiny", prompt=PROMPTS[0], max_tokens=3, temperature=0)
 
     async def answered():
         answer = await openai_api.ask(
-            catalogue, request, asked, lambda model: served.encode_text(asked.prompt)
+            catalogue, request, asked, PROMPTS[0], lambda model: served.encode_text(asked.prompt)
         )
         return [piece async for piece in answer.read()]
 
