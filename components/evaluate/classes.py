@@ -16,6 +16,7 @@ from components.shared.errors import TuneyardError
 from components.shared.modelcard import ModelCard
 from components.shared.progress import Progress
 from components.shared.stage import Artifact, Context
+from components.shared.store import Store
 
 _WEIGHTS = (".safetensors", ".onnx", ".data")
 
@@ -62,11 +63,13 @@ def judge(
     systems: dict[str, dict[str, Any]] = {}
     encodings = _encode(folder, exam.texts, exam)
     scores = {}
-    systems["tuned"], scores["tuned"] = _classifier("tuned", exam, encodings, folder)
+    systems["tuned"], scores["tuned"] = _classifier("tuned", exam, encodings, folder, context.store)
     systems["tuned"]["about"] = "the tuned model, PyTorch float32"
     if "compressed" in inputs:
         path = inputs["compressed"].path
-        systems["compressed"], scores["compressed"] = _classifier("compressed", exam, encodings, path)
+        systems["compressed"], scores["compressed"] = _classifier(
+            "compressed", exam, encodings, path, context.store
+        )
         systems["compressed"] |= compression(systems["tuned"], systems["compressed"], folder, path)
     systems["base"], scores["base"] = _probe(exam, train, card, context)
     systems["tfidf_logreg"], scores["tfidf_logreg"] = _tfidf(exam, train)
@@ -116,7 +119,7 @@ def _encode(folder: Path, texts: Sequence[str], exam: Exam) -> predictions.Encod
 
 
 def _classifier(
-    name: str, exam: Exam, encodings: predictions.Encodings, folder: Path
+    name: str, exam: Exam, encodings: predictions.Encodings, folder: Path, store: Store
 ) -> tuple[dict[str, Any], Any]:
     """One of our model folders, PyTorch or ONNX. Returns its metrics and probabilities."""
     card = ModelCard.read(folder)
@@ -125,7 +128,7 @@ def _classifier(
         if card.layout == "onnx":
             forward = predictions.onnx_classifier(folder / "model.onnx", _threads())
         else:
-            forward = predictions.torch_classifier(folder)
+            forward = predictions.torch_classifier(folder, store)
         progress = Progress(f"{name}: texts", len(encodings), "texts")
         timed = predictions.run(forward, encodings, together, True, progress.advance)
     del forward
