@@ -23,7 +23,7 @@ from components.train.adapters.config import (
     SoftPrompt,
 )
 from components.train.config import TrainConfig
-from components.train.objectives.base import Objective
+from components.train.objectives.base import Objective, stop_packing
 
 log = logging.getLogger("tuneyard.train")
 
@@ -144,6 +144,7 @@ def _attach(objective: Objective, config: TrainConfig) -> None:
     """Build bottlenecks or a soft prompt into the model, and let them and a new head alone move."""
     adapter, model = config.adapter, objective.model
     if isinstance(adapter, SoftPrompt):
+        stop_packing(model, config.max_length)
         places = prompts.positions(model)
         if places is not None and adapter.tokens + config.max_length > places:
             raise TuneyardError(

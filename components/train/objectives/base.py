@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from components.shared import causal
+from components.shared import causal, packed
 from components.shared.tasks import Task
 
 
@@ -19,12 +19,21 @@ class Objective:
         tokenizer: its tokenizer, with the template.
         task: of the model that comes out.
         labels: class names in logit order; empty where there are none.
+        separable: whether the loss of a batch is the sum over its examples, each by itself.
+        plain_loss: the same as `summed_loss` by the book, slow and obvious; None where that is the same.
     """
 
     model: Any
     tokenizer: Any
     task: Task
     labels: Sequence[str] = ()
+    separable: bool = True
+    plain_loss: Callable[[Sequence[Any], float], Any] | None = None
+
+    @property
+    def packs(self) -> bool:
+        """Whether the examples of a micro-batch are laid end to end, so that their lengths may differ."""
+        return packed.used(self.model)
 
     def usable(self, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         """The rows of eval that this objective can judge; what is left out is named in the log."""
@@ -45,6 +54,10 @@ class Objective:
     def summed_loss(self, batch: Sequence[Any], label_smoothing: float) -> Any:
         """Loss in nats, summed over the terms of a micro-batch; differentiable where gradients are on."""
         raise NotImplementedError
+
+    def template_faults(self, rows: Sequence[Mapping[str, Any]]) -> list[str]:
+        """What the chat template does to these examples that it must not."""
+        return []
 
     def template_probe(self) -> dict[str, Any] | None:
         """What serving must reproduce; None where there is no template."""
@@ -70,7 +83,17 @@ def base_settings(folder: Path, dropout: float | None) -> Any:
     return settings
 
 
-def choose_attention(model: Any, max_length: int) -> None:
+def choose_attention(objective: Objective, max_length: int) -> None:
     """Switch a model to the attention that trains fastest at this length on this device."""
-    if causal.device().type == "cpu" and max_length <= _PLAIN_ATTENTION_TOKENS:
-        model.set_attn_implementation("eager")
+    if causal.device().type != "cpu":
+        return
+    if objective.task == "causal-lm" and packed.possible(objective.model):
+        packed.use(objective.model)
+    elif max_length <= _PLAIN_ATTENTION_TOKENS:
+        objective.model.set_attn_implementation("eager")
+
+
+def stop_packing(model: Any, max_length: int) -> None:
+    """Switch a model that packs back to padded rows: a soft prompt is read once at the start of a row."""
+    if packed.possible(model) and packed.used(model):
+        model.set_attn_implementation("eager" if max_length <= _PLAIN_ATTENTION_TOKENS else "sdpa")

@@ -31,7 +31,7 @@ def open_objective(config: TrainConfig, rows: Sequence[Mapping[str, Any]], folde
             objective = Sft(folder, held_in(config), config.dropout)
         case ClassificationObjective():
             objective = Classification(folder, labels_of(rows), config.dropout)
-    choose_attention(objective.model, config.max_length)
+    choose_attention(objective, config.max_length)
     return objective
 
 

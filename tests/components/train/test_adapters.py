@@ -19,6 +19,7 @@ from components.train.adapters.config import KINDS
 from components.train.config import TrainConfig
 from components.train.data import schedule_batches
 from components.train.fit import fit
+from components.train.objectives.base import choose_attention
 from components.train.objectives.classification import Classification
 from components.train.objectives.sft import Sft
 
@@ -94,6 +95,7 @@ def made(bases):
         torch.manual_seed(0)
         if task == "sft":
             objective = Sft(base, "float32")
+            choose_attention(objective, config.max_length)
             rows = [{"prompt": f"question {i % 3}", "completion": "合同自成立时生效" * (1 + i % 2)} for i in range(24)]
         else:
             objective = Classification(base, ["down", "up"])
@@ -221,6 +223,7 @@ def test_answers_of_a_batch_are_those_of_one_prompt_at_a_time(made, tmp_path, na
     _, objective, encoded, _ = trained(made, tmp_path, "sft", name, max_steps=6)
     prompts = [e.prompt[: 3 + 4 * i] for i, e in enumerate(encoded[:4])]
     model = objective.model.eval()
+    model.set_attn_implementation("eager")  # as it is loaded to answer
     together = generation.generate(model, prompts, set(), 6, 4)
     alone = [generation.generate(model, [prompt], set(), 6, 1)[0] for prompt in prompts]
     assert [a.tokens for a in together] == [a.tokens for a in alone]
