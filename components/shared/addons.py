@@ -1,8 +1,8 @@
 """Adapters that stay beside their base: bottlenecks and soft prompts, with the head that moved along.
 
-A folder of layout `addon` holds `addon.json` (what to build), `addon.safetensors` (every weight that moved, by its
-name in the model) and the model's config; the weights of the base are read from where the card says, and it must
-still be the one that was tuned.
+A folder of layout `addon` holds `addon.json` (what to build), `addon.safetensors` (every weight that moved,
+by its name in the model) and the model's config; the weights of the base are read from where the card says,
+and it must still be the one that was tuned.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """Bottleneck adapters: two small products and a skip, put behind a sub-layer of every layer.
 
-Houlsby et al. 2019 (arXiv:1902.00751, section 2.1) put one behind the attention and one behind the feed-forward,
-each after the projection back to the model's width and before the residual is added, and train the layer norms
-too. Pfeiffer et al. 2020 (arXiv:2005.00247, section 3.1) put one behind the feed-forward and train nothing else.
+Houlsby et al. 2019 (arXiv:1902.00751, section 2.1) put one behind the attention and one behind the
+feed-forward, each after the projection back to the model's width and before the residual is added, and
+train the layer norms too. Pfeiffer et al. 2020 (arXiv:2005.00247, section 3.1) put one behind the
+feed-forward and train nothing else.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Where the parts of a transformer are, in the model classes of many families: found by structure and name."""
+"""Where the parts of a transformer are, in the classes of many families: found by structure and name."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from typing import Any
 
 from components.shared.errors import TuneyardError
 
-# Ends of a module's path within its layer. A pattern that begins with a dot must be the whole path: BERT calls
-# the last product of its feed-forward `output.dense` and that of its attention `attention.output.dense`.
+# Ends of a module's path within its layer. A pattern that begins with a dot must be the whole path: BERT
+# calls the last product of its feed-forward `output.dense` and that of its attention
+# `attention.output.dense`.
 ATTENTION_OUT = (
     "attention.output.dense",
     "self_attn.o_proj",
@@ -52,7 +53,7 @@ def body(model: Any) -> Any:
 
 
 def layers(model: Any) -> dict[str, Any]:
-    """Name -> module of each layer, the lowest first; of an encoder-decoder the encoder's before the decoder's.
+    """Name -> module of each layer, the lowest first; an encoder's before its decoder's.
 
     Raises:
         TuneyardError: none are found.

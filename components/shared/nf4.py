@@ -1,9 +1,9 @@
 """NF4: linear layers held in 4 bits (Dettmers et al. 2023, QLoRA, arXiv:2305.14314, section 3).
 
-A weight is one of 16 levels times the largest magnitude of its block of 64. Those magnitudes, less their mean,
-are held in 8-bit floats, with a scale for each 256 of them (double quantisation): 4.13 bits a weight in all. A
-layer is brought back to 16 or 32 bits when it is computed, forward and again backward, and never kept so. It is
-plain PyTorch and runs wherever PyTorch does.
+A weight is one of 16 levels times the largest magnitude of its block of 64. Those magnitudes, less their
+mean, are held in 8-bit floats, with a scale for each 256 of them (double quantisation): 4.13 bits a weight
+in all. A layer is brought back to 16 or 32 bits when it is computed, forward and again backward, and never
+kept so. It is plain PyTorch and runs wherever PyTorch does.
 """
 
 from __future__ import annotations
@@ -103,7 +103,8 @@ def linear_class() -> Any:
             steps = self.steps.repeat_interleave(SCALES_BLOCK)[: len(self.scales)]
             scales = self.scales.view(torch.float8_e4m3fn).float() * steps + self.mean
             # One look-up gives the two weights of a byte.
-            pairs = torch.nn.functional.embedding(self.codes.int(), _pairs(self.codes.device)).view(-1)[:count]
+            pairs = torch.nn.functional.embedding(self.codes.int(), _pairs(self.codes.device))
+            pairs = pairs.view(-1)[:count]
             if count % BLOCK:
                 return (pairs * scales.repeat_interleave(BLOCK)[:count]).to(dtype).view(self._shape)
             return pairs.view(-1, BLOCK).mul_(scales[:, None]).to(dtype).view(self._shape)
@@ -116,7 +117,15 @@ def linear_class() -> Any:
             device = inputs.device.type
             if torch.is_autocast_enabled(device):
                 inputs = inputs.to(torch.get_autocast_dtype(device))
-            return product.apply(inputs, self)
+            return _product().apply(inputs, self)
+
+    return Nf4Linear
+
+
+@functools.cache
+def _product() -> Any:
+    """The product of an NF4 layer, which autograd cannot look into."""
+    import torch
 
     class Product(torch.autograd.Function):
         """inputs @ weights.T + bias; what is kept for the backward pass is nothing."""
@@ -131,8 +140,7 @@ def linear_class() -> Any:
         def backward(ctx: Any, *grads: Any) -> Any:
             return grads[0] @ ctx.layer.dequantised(grads[0].dtype), None
 
-    product = Product
-    return Nf4Linear
+    return Product
 
 
 @functools.cache
@@ -140,13 +148,15 @@ def _pairs(device: Any) -> Any:
     """[256, 2]: the two levels that a byte holds."""
     import torch
 
-    levels = torch.tensor(LEVELS, device=device)
-    byte = torch.arange(256, device=device)
-    return torch.stack([levels[byte // 16], levels[byte % 16]], dim=1)
+    # What an evaluation looked up first must serve training too.
+    with torch.inference_mode(False):
+        levels = torch.tensor(LEVELS, device=device)
+        byte = torch.arange(256, device=device)
+        return torch.stack([levels[byte // 16], levels[byte % 16]], dim=1)
 
 
 def linears(model: Any) -> Iterator[tuple[str, Any]]:
-    """Name and module of each linear layer within the layers of a model: embeddings and heads are left out."""
+    """Name and module of each linear layer within the layers of a model; embeddings and heads are none."""
     import torch
 
     for prefix, layer in families.layers(model).items():

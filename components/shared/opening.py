@@ -27,7 +27,9 @@ def tuned(folder: Path, store: Store, kind: Any) -> Any:
 
     card = ModelCard.read(folder)
     if card.layout not in ("transformers", "addon"):
-        raise TuneyardError(f"{folder}: layout {card.layout!r} holds no PyTorch {card.task} model", "train it again")
+        raise TuneyardError(
+            f"{folder}: layout {card.layout!r} holds no PyTorch {card.task} model", "train it again"
+        )
     beside = card.layout == "addon"
     model = kind.from_pretrained(
         card.base_model.folder(store) if beside else folder,

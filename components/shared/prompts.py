@@ -1,11 +1,13 @@
 """Soft prompts: learned vectors that a frozen model reads before the text.
 
-`prompt` (Lester et al. 2021, arXiv:2104.08691) puts them before the word vectors. `prefix` (Li and Liang 2021,
-arXiv:2101.00190) and `p_tuning_v2` (Liu et al. 2021, arXiv:2110.07602) put learned keys and values before those of
-every layer: prefix as the output of a small network that is dropped after training, p_tuning_v2 directly.
+`prompt` (Lester et al. 2021, arXiv:2104.08691) puts them before the word vectors. `prefix` (Li and Liang
+2021, arXiv:2101.00190) and `p_tuning_v2` (Liu et al. 2021, arXiv:2110.07602) put learned keys and values
+before those of every layer: prefix as the output of a small network that is dropped after training,
+p_tuning_v2 directly.
 
-They act inside the model's body, so that whoever computes with it (a loss on some positions, an evaluation with a
-cache) gets the outputs of the text alone, at the text's own places. The text's positions count on from the prompt's.
+They act inside the model's body, so that whoever computes with it (a loss on some positions, an evaluation
+with a cache) gets the outputs of the text alone, at the text's own places. The text's positions count on
+from the prompt's.
 """
 
 from __future__ import annotations
@@ -82,7 +84,7 @@ def _refuse_strange(inside: Any, kind: str, takes: Any) -> None:
         lacking = "is an encoder-decoder, which has two places for it"
     elif needed not in takes:
         lacking = f"takes no {needed}"
-    elif kind != "prompt" and (getattr(config, "num_kv_shared_layers", 0) or len(_shapes(config)) > 1):
+    elif kind != "prompt" and (getattr(config, "num_kv_shared_layers", None) or len(_shapes(config)) > 1):
         lacking = "has layers that share keys or differ in their shape"
     if lacking:
         raise TuneyardError(
@@ -113,7 +115,9 @@ def positions(model: Any) -> int | None:
     """How many positions a model has a learned vector for; None where they are computed."""
     inside = families.body(model)
     learned = [
-        module.num_embeddings for name, module in inside.named_modules() if name.endswith("position_embeddings")
+        module.num_embeddings
+        for name, module in inside.named_modules()
+        if name.endswith(("position_embeddings", "wpe"))
     ]
     padding = getattr(inside.config, "pad_token_id", None) or 0
     # RoBERTa counts from the padding token's id on.
@@ -121,7 +125,7 @@ def positions(model: Any) -> int | None:
 
 
 def values(prompt: Any) -> Any:
-    """What a soft prompt amounts to: [tokens, width] word vectors, or [tokens, layers x 2 x heads x width]."""
+    """What a soft prompt gives: [tokens, width] word vectors, or [tokens, layers x 2 x heads x width]."""
     return prompt.values if hasattr(prompt, VALUES) else prompt.network(prompt.words)
 
 
@@ -172,11 +176,12 @@ def _make_room(inside: Any, given: dict[str, Any]) -> tuple[int, int, bool]:
     text = given.get("input_ids")
     text = given["inputs_embeds"] if text is None else text
     cache = given.get("past_key_values")
-    first = cache is None or cache.get_seq_length() == 0
+    read = 0 if cache is None else cache.get_seq_length()
+    first = read == 0
     mask = given.get("attention_mask")
     if mask is None:
         _refuse_packed(given.get("position_ids"))
-        held = 0 if first else cache.get_seq_length() - count
+        held = max(0, read - count)
         mask = torch.ones(len(text), held + text.shape[1], dtype=torch.long, device=text.device)
     if not isinstance(mask, torch.Tensor) or mask.ndim != 2:
         raise _packed()

@@ -30,7 +30,8 @@ class TrainConfig(Settings):
             usual for the objective, lora for sft and full for classification.
         epochs: passes over train; not beside max_steps; 3 where neither is given.
         max_steps: optimizer updates; not beside epochs.
-        learning_rate: peak, reached after warm-up; where none is given the adapter's usual one, see adapters/config.py.
+        learning_rate: peak, reached after warm-up; where none is given the adapter's usual one, see
+            adapters/config.py.
         min_learning_rate: where the cosine ends.
         warmup_fraction: of all steps, 0-1.
         per_device_batch_size: examples in one forward pass.
@@ -109,8 +110,8 @@ class TrainConfig(Settings):
     def _keys_kept(self) -> TrainConfig:
         if self.gradient_checkpointing and self.adapter.kind in ("prefix", "p_tuning_v2"):
             raise ValueError(
-                f"gradient_checkpointing cannot go with adapter {self.adapter.kind}: a layer that is computed "
-                "again is given no keys from outside; drop one"
+                f"gradient_checkpointing cannot go with adapter {self.adapter.kind}: a layer that is "
+                "computed again is given no keys from outside; drop one"
             )
         return self
 

@@ -83,7 +83,7 @@ def save(objective: Objective, config: TrainConfig, card: ModelCard, folder: Pat
 
 
 def merged(model: Any) -> Any:
-    """A model in PEFT's wrapping with its adapter merged; one in NF4 into the weights it was quantised from."""
+    """A model in PEFT's wrapping with its adapter merged; one in NF4 into the weights it was made from."""
     from transformers import AutoModel
 
     if nf4.held(model):

@@ -192,8 +192,8 @@ def weight_counts(objective: Objective, config: TrainConfig, steps: int) -> tupl
         foreign = [name for name in weights if name not in heads and not _promised(name, adapter)]
         if foreign or not weights:
             raise TuneyardError(
-                f"adapter {adapter.kind} would move {len(weights)} tensors, {len(foreign)} of them the base's "
-                f"own: {foreign[:5]}",
+                f"adapter {adapter.kind} would move {len(weights)} tensors, {len(foreign)} of them the "
+                f"base's own: {foreign[:5]}",
                 "set train.adapter: {kind: full} if that is meant",
             )
         added = sum(weight.numel() for name, weight in weights.items() if name not in heads)
@@ -228,7 +228,9 @@ def _insist_small(added: int, total: int, adapter: Any) -> None:
     """
     if added <= adapter.most * total:
         return
-    said = f"adapter {adapter.kind} moves {added / total:.1%} of the weights, at most {adapter.most:.0%} is its use"
+    said = (
+        f"adapter {adapter.kind} moves {added / total:.1%} of the weights, it is meant for {adapter.most:.0%}"
+    )
     if total >= _TINY_WEIGHTS:
         smaller = next(n for n in ("rank", "size", "projection", "tokens", "kind") if hasattr(adapter, n))
         raise TuneyardError(said, f"lower train.adapter.{smaller}, or use adapter full")

@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 
 from components.shared.settings import Settings
 
+
 class Adapter(Settings):
     """What every adapter has.
 
@@ -59,14 +60,14 @@ class LastLayersAdapter(OwnWeights):
 
 
 class ProgressiveAdapter(OwnWeights):
-    """Unfreezing from the head down, a layer at a time (Howard and Ruder 2018, arXiv:1801.06146, section 3.3).
+    """Unfreezing from the head down, layer by layer (Howard and Ruder 2018, arXiv:1801.06146, section 3.3).
 
     The first updates move the head alone; the embeddings join last.
 
     Args:
         every_steps: optimizer updates from one layer to the next; not beside `until`.
-        until: share (0-1) of the run after which everything moves, the layers evenly spread over it; 0.5 where
-            neither is given.
+        until: share (0-1) of the run after which everything moves, the layers evenly spread over it; 0.5
+            where neither is given.
     """
 
     kind: Literal["progressive"]
@@ -100,7 +101,8 @@ class LowRank(Adapter):
             [q_proj, v_proj].
         rslora: divide alpha by the root of the rank, so that a high rank learns as fast as a low one
             (Kalajdzievski 2023, arXiv:2312.03732).
-        dora: learn the length of each row of the sum beside its direction (Liu et al. 2024, arXiv:2402.09353).
+        dora: learn the length of each row of the sum beside its direction (Liu et al. 2024,
+            arXiv:2402.09353).
     """
 
     usual_rate: ClassVar[float] = 2e-4
@@ -122,8 +124,8 @@ class LoraAdapter(LowRank):
 class QloraAdapter(LowRank):
     """Low-rank adaptation of a base whose layers are held in 4 bits (Dettmers et al. 2023, arXiv:2305.14314).
 
-    The model that comes out is the unquantised base with the adapter; compress states how far that is from what
-    was trained.
+    The model that comes out is the unquantised base with the adapter; compress states how far that is from
+    what was trained.
     """
 
     kind: Literal["qlora"]
@@ -179,7 +181,7 @@ class SoftPrompt(Adapter):
 
 
 class PrefixAdapter(SoftPrompt):
-    """Keys and values before those of every layer, from a small network (Li and Liang 2021, arXiv:2101.00190).
+    """Keys and values before those of every layer, by a small network (Li and Liang 2021, arXiv:2101.00190).
 
     Args:
         projection: neurons of that network, which is dropped after training.

@@ -1,8 +1,8 @@
 """Adapters that move the base's own weights: which of them, from when on, and at what share of the rate.
 
-Weights go in groups from the input up: embeddings, each layer, the head. A weight that a run will move later has
-`requires_grad` off and `waits` on: the pass back through it is saved, yet it is counted, kept in checkpoints and
-known to the optimizer, which passes over what has no gradient.
+Weights go in groups from the input up: embeddings, each layer, the head. A weight that a run will move
+later has `requires_grad` off and `waits` on: the pass back through it is saved, yet it is counted, kept in
+checkpoints and known to the optimizer, which passes over what has no gradient.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def settle(model: Any, adapter: ProgressiveAdapter, steps: int) -> None:
 
 
 def thaw(model: Any, adapter: object, number: int, total: int) -> None:
-    """Let move what moves in update `number` (from 0) of `total`; for other adapters than progressive, nothing."""
+    """Let move what moves in update `number` (from 0) of `total`; only `progressive` needs it."""
     if not isinstance(adapter, ProgressiveAdapter):
         return
     from_above = _from_above(model)

@@ -7,9 +7,10 @@ import shutil
 
 import pytest
 import torch
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from components.evaluate import generation
-from components.shared import addons, causal, opening, sources
+from components.shared import addons, causal, families, nf4, opening, sources
 from components.shared.errors import TuneyardError
 from components.shared.modelcard import BaseModelRef, ModelCard
 from components.train import checkpoint, saving
@@ -50,16 +51,18 @@ def test_every_kind_is_tried_here():
 
 def settings_for(task, name, base, **changes):
     kind = SPELT[name]["kind"]
+    slow = KINDS[kind].beside or kind == "ia3"
     base_settings = {
         "objective": task,
         "base_model": str(base),
         "adapter": SPELT[name],
-        "learning_rate": min(RATES.get(kind, 1e-2), 1.0 if task == "sft" else 0.02),
+        "learning_rate": 0.03 if task != "sft" and slow else RATES.get(kind, 1e-2),
         "max_length": 64,
         "max_steps": 30,
         "per_device_batch_size": 8,
         "dropout": 0.0,
         "early_stopping": None,
+        "eval_steps": 20,
         "precision": "float32",
     }
     return TrainConfig(**(base_settings | changes))
@@ -68,8 +71,6 @@ def settings_for(task, name, base, **changes):
 @pytest.fixture(scope="module")
 def bases(tmp_path_factory, tiny_causal, tiny_encoder):
     """The tiny models with five times their weights: as they are made, they hardly tell two texts apart."""
-    from transformers import AutoModel, AutoModelForCausalLM
-
     made = {}
     for task, folder, kind in (
         ("sft", tiny_causal, AutoModelForCausalLM),
@@ -96,7 +97,10 @@ def made(bases):
         if task == "sft":
             objective = Sft(base, "float32")
             choose_attention(objective, config.max_length)
-            rows = [{"prompt": f"question {i % 3}", "completion": "合同自成立时生效" * (1 + i % 2)} for i in range(24)]
+            rows = [
+                {"prompt": f"question {i % 3}", "completion": "合同自成立时生效" * (1 + i % 2)}
+                for i in range(24)
+            ]
         else:
             objective = Classification(base, ["down", "up"])
             words = {"up": "profit rose", "down": "rent fell due"}
@@ -137,8 +141,8 @@ def test_it_learns_and_moves_exactly_its_weights(made, tmp_path, task, name):
     # On what it was fitted to: whether two dozen texts generalise is not asked of a random model.
     assert state.best_loss < 0.98 * state.base_loss
     moved = {n for n, w in objective.model.named_parameters() if not torch.equal(before[n], w)}
-    # Not a subset alone: a part of an adapter that nothing flows through would be a silent defect. Rows of the
-    # tables for positions and words that do not occur have no gradient, but the tables do.
+    # Not a subset alone: a part of an adapter that nothing flows through would be a silent defect. Rows of
+    # the tables for positions and words that do not occur have no gradient, but the tables do.
     assert moved == promised
 
 
@@ -153,9 +157,6 @@ def test_what_is_saved_answers_as_what_was_trained(made, tmp_path, task, name):
     quantised = name == "qlora"
     if quantised:
         # What comes out stands on the unquantised base; NF4's own error is test_nf4's matter.
-        from components.shared import families, nf4
-        from transformers import AutoModel
-
         nf4.restore(families.body(objective.model), AutoModel.from_pretrained(config.base_model))
         before = answers(objective.model, objective, encoded)
         config, objective, encoded, _ = trained(made, tmp_path / "again", task, name, max_steps=6)
@@ -165,19 +166,16 @@ def test_what_is_saved_answers_as_what_was_trained(made, tmp_path, task, name):
     if task == "sft":
         again, _, _ = causal.load(tmp_path / "model", None, "float32")
     else:
-        from transformers import AutoModelForSequenceClassification
-
         again = opening.tuned(tmp_path / "model", None, AutoModelForSequenceClassification)
     # Equal where nothing is merged; a merged product is summed in another order.
     torch.testing.assert_close(answers(again, objective, encoded), before, rtol=1e-4, atol=2e-5)
-    assert (answers(again, objective, encoded) - answers(opened_base(objective, config), objective, encoded)).abs().max() > 1e-3
+    untuned = answers(opened_base(objective, config), objective, encoded)
+    assert (before - untuned).abs().max() > 1e-3
     if card.layout == "addon":
         assert {p.name for p in (tmp_path / "model").glob("*.safetensors")} == {addons.WEIGHTS}
 
 
 def opened_base(objective, config):
-    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
-
     kind = AutoModelForCausalLM if objective.task == "causal-lm" else AutoModelForSequenceClassification
     torch.manual_seed(0)
     return kind.from_pretrained(config.base_model)
