@@ -228,9 +228,7 @@ def _insist_small(added: int, total: int, adapter: Any) -> None:
     """
     if added <= adapter.most * total:
         return
-    said = (
-        f"adapter {adapter.kind} moves {added / total:.1%} of the weights, it is meant for {adapter.most:.0%}"
-    )
+    said = f"adapter {adapter.kind} moves {added / total:.1%} of the weights, at most {adapter.most:.0%} is meant"
     if total >= _TINY_WEIGHTS:
         smaller = next(n for n in ("rank", "size", "projection", "tokens", "kind") if hasattr(adapter, n))
         raise TuneyardError(said, f"lower train.adapter.{smaller}, or use adapter full")
