@@ -56,8 +56,8 @@ def test_every_shipped_pipeline_loads():
         (GOOD + "register:\ndeploy:\n", "line 7: deploy: needs a compress section, which merges the adapter"),
         (
             GOOD + "  adapter: houlsby\nregister:\ncompress:\ndeploy:\n",
-            "line 8: compress: adapter houlsby stays beside its base, and there is nothing to merge or export; "
-            "drop this section, or choose an adapter that merges (lora, qlora, ia3)",
+            "line 8: compress: adapter houlsby stays beside its base, and there is nothing to merge or "
+            "export; drop this section, or choose an adapter that merges (lora, qlora, ia3)",
         ),
         (
             GOOD + "  adapter: {kind: prompt}\nregister:\ndeploy:\n",

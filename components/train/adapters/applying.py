@@ -9,7 +9,7 @@ from components.shared import addons, families, nf4, prompts
 from components.shared.addons import Addon
 from components.shared.errors import TuneyardError
 from components.train import checkpoint
-from components.train.adapters import unfreezing
+from components.train.adapters import fused, unfreezing
 from components.train.adapters.config import (
     FullAdapter,
     HoulsbyAdapter,
@@ -72,6 +72,7 @@ def _wrap(objective: Objective, config: TrainConfig) -> None:
         ) from error
     for weight in checkpoint.trainable(objective.model).values():
         weight.data = weight.data.float()
+    fused.use(objective.model)
     # A path of this machine has no place in the artifact; the base is named as the pipeline file names it.
     objective.model.peft_config["default"].base_model_name_or_path = config.base_model
 
@@ -228,7 +229,8 @@ def _insist_small(added: int, total: int, adapter: Any) -> None:
     """
     if added <= adapter.most * total:
         return
-    said = f"adapter {adapter.kind} moves {added / total:.1%} of the weights, at most {adapter.most:.0%} is meant"
+    share, most = f"{added / total:.1%}", f"{adapter.most:.0%}"
+    said = f"adapter {adapter.kind} moves {share} of the weights, it is meant for at most {most}"
     if total >= _TINY_WEIGHTS:
         smaller = next(n for n in ("rank", "size", "projection", "tokens", "kind") if hasattr(adapter, n))
         raise TuneyardError(said, f"lower train.adapter.{smaller}, or use adapter full")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import given
@@ -60,7 +62,9 @@ def test_the_last_layers_move_and_nothing_below(opened, adapter, expected):
 
 
 def test_more_layers_than_there_are_and_none_at_all_are_refused(opened):
-    with pytest.raises(TuneyardError, match="train.adapter.layers is 3, and Gemma3ForCausalLM has 2 layers"):
+    with pytest.raises(
+        TuneyardError, match=r"train\.adapter\.layers is 3, and Gemma3ForCausalLM has 2 layers"
+    ):
         opened({"kind": "last_layers", "layers": 3})
     with pytest.raises(TuneyardError, match="would move nothing"):
         opened({"kind": "last_layers", "layers": 0, "head": False})
@@ -94,7 +98,7 @@ def test_an_even_pace_begins_with_the_head_never_turns_back_and_ends_in_time(tot
     assert counts[0] == 1 and counts == sorted(counts) and max(counts) <= groups
     if until * total >= groups and until < 1:
         assert all(count == groups for count in counts[int(until * total) + 1 :])
-        steps = [later - earlier for earlier, later in zip(counts, counts[1:], strict=False)]
+        steps = [later - earlier for earlier, later in itertools.pairwise(counts)]
         assert max(steps) <= 1
 
 
