@@ -22,6 +22,7 @@ from components.train.data import schedule_batches
 from components.train.fit import fit
 from components.train.objectives.base import choose_attention
 from components.train.objectives.classification import Classification
+from components.train.objectives.opening import held_in
 from components.train.objectives.sft import Sft
 
 # Rates at which a random model of 40,000 weights learns in a few dozen updates; a real one wants far less.
@@ -95,7 +96,7 @@ def made(bases):
         config = settings_for(task, name, base, **changes)
         torch.manual_seed(0)
         if task == "sft":
-            objective = Sft(base, "float32")
+            objective = Sft(base, held_in(config))
             choose_attention(objective, config.max_length)
             rows = [
                 {"prompt": f"question {i % 3}", "completion": "合同自成立时生效" * (1 + i % 2)}
@@ -241,3 +242,25 @@ def test_too_large_an_adapter_is_refused(made, monkeypatch):
     monkeypatch.setattr(applying, "_TINY_WEIGHTS", 0)
     with pytest.raises(TuneyardError, match=r"adapter lora moves .* at most 10% .*"):
         weight_counts(objective, config, 10)
+
+
+@pytest.mark.parametrize(
+    "name", ["ia3", "dora", "qlora", "houlsby", "pfeiffer", "prefix", "prompt", "p_tuning_v2"]
+)
+def test_in_bfloat16_it_computes_what_it_does_in_float32_but_for_rounding(made, tmp_path, name):
+    config, objective, encoded = made("sft", name, max_steps=4, precision="bfloat16")
+    weights = checkpoint.trainable(objective.model)
+    assert {weight.dtype for weight in weights.values()} == {torch.float32}
+    held = next(w for n, w in objective.model.named_parameters() if n not in weights)
+    # Where weights of the base itself move, none of them may be rounded.
+    assert held.dtype == (torch.float32 if name == "houlsby" else torch.bfloat16)
+    fit(objective, encoded[:20], encoded[20:], config, "bfloat16", tmp_path / "work", lambda *_: None)
+    fingerprint = sources.fingerprint(config.base_model, None, "model")
+    base = BaseModelRef(uri=config.base_model, fingerprint=fingerprint)
+    saving.save(objective, config, saving.card(objective, config, base, (1, 2), ""), tmp_path / "model")
+    exact, rounded = (
+        torch.tensor(causal.answer_nats(causal.load(tmp_path / "model", None, precision)[0], encoded[:6]))
+        for precision in ("float32", "bfloat16")
+    )
+    # Eight bits of mantissa, over two layers and some dozen tokens.
+    torch.testing.assert_close(rounded, exact, rtol=0.02, atol=0)
