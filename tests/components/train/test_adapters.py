@@ -240,7 +240,7 @@ def test_too_large_an_adapter_is_refused(made, monkeypatch):
     config, objective, _ = made("sft", "lora")
     assert weight_counts(objective, config, 10)[0] > 0
     monkeypatch.setattr(applying, "_TINY_WEIGHTS", 0)
-    with pytest.raises(TuneyardError, match=r"adapter lora moves .* at most 10% .*"):
+    with pytest.raises(TuneyardError, match=r"adapter lora moves .* at most 10%"):
         weight_counts(objective, config, 10)
 
 
