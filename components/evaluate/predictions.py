@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from components.shared import clock
+from components.shared import clock, encoders
 
 # From padded arrays [batch, longest] by input name to logits [batch, classes].
 Forward = Callable[[dict[str, Any]], Any]
@@ -134,9 +134,8 @@ def torch_embedder(folder: Path, precision: str) -> Forward:
     def forward(batch: dict[str, Any]) -> Any:
         with torch.inference_mode():
             tensors = {name: torch.from_numpy(array) for name, array in batch.items()}
-            hidden = model(**tensors).last_hidden_state.float()  # [batch, longest, width]
-            mask = tensors["attention_mask"][:, :, None].float()
-            return ((hidden * mask).sum(1) / mask.sum(1)).numpy()
+            hidden = model(**tensors).last_hidden_state
+            return encoders.mean_pooled(hidden, tensors["attention_mask"]).numpy()
 
     return forward
 

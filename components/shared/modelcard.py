@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict
 
 from components.shared import sources
 from components.shared.errors import TuneyardError
+from components.shared.heads import Head, Scale
 from components.shared.store import Store
 from components.shared.tasks import Task
 
@@ -54,7 +55,11 @@ class ModelCard(BaseModel):
         layout: `transformers` (a whole model in safetensors), `peft` (an adapter beside a base) or `onnx`
             (model.onnx, int8, with the tokenizer files).
         base_model: what it was tuned from.
-        labels: class names in logit order; empty for causal models.
+        labels: class names (of a token-classification model its tags) in logit order; empty where there are
+            none.
+        scale: of a regression model's output.
+        heads: of a multi-task model, in the order of its outputs.
+        task_in_text: whether a multi-task model reads the name of the task before the text (heads.asked).
         max_length_tokens: longer inputs are cut (and counted) before the model sees them.
         template_probe: chat.probe of the tokenizer; None for classification.
         trainable_weights: how many weights training moved.
@@ -67,6 +72,9 @@ class ModelCard(BaseModel):
     layout: Literal["transformers", "peft", "onnx"]
     base_model: BaseModelRef
     labels: list[str] = []
+    scale: Scale | None = None
+    heads: list[Head] = []
+    task_in_text: bool = False
     max_length_tokens: int
     template_probe: dict[str, Any] | None = None
     trainable_weights: int

@@ -12,7 +12,14 @@ from components.train.objectives.base import Objective
 log = logging.getLogger("tuneyard.train")
 
 # What PEFT calls a task decides which head stays whole beside the adapter.
-_PEFT_TASKS = {"causal-lm": "CAUSAL_LM", "classification": "SEQ_CLS"}
+_PEFT_TASKS = {
+    "causal-lm": "CAUSAL_LM",
+    "classification": "SEQ_CLS",
+    "regression": "SEQ_CLS",
+    "multi-task": "SEQ_CLS",
+    "token-classification": "TOKEN_CLS",
+    "embedding": "FEATURE_EXTRACTION",
+}
 
 
 def apply_adapter(objective: Objective, config: TrainConfig) -> None:
@@ -30,9 +37,14 @@ def apply_adapter(objective: Objective, config: TrainConfig) -> None:
         lora_alpha=config.adapter.alpha,
         lora_dropout=config.adapter.dropout,
         target_modules="all-linear",
+        # PEFT leaves a new head out by itself only where it labels whole texts.
+        exclude_modules=["classifier", "score"] if objective.task == "token-classification" else None,
         task_type=_PEFT_TASKS.get(objective.task),
     )
     objective.model = get_peft_model(objective.model, lora)
+    for name, weight in objective.model.named_parameters():
+        if name.endswith(objective.own_weights):
+            weight.requires_grad_(True)
     # A path of this machine has no place in the artifact; the base is named as the pipeline file names it.
     objective.model.peft_config["default"].base_model_name_or_path = config.base_model
 
@@ -52,7 +64,8 @@ def weight_counts(objective: Objective, config: TrainConfig) -> tuple[int, int]:
         )
     if config.adapter.kind == "lora":
         # A classifier's head is new, so it moves whole beside the adapter.
-        foreign = [name for name in weights if "lora_" not in name and "modules_to_save" not in name]
+        ours = [name for name in weights if not name.endswith(objective.own_weights)]
+        foreign = [name for name in ours if "lora_" not in name and "modules_to_save" not in name]
         if foreign or not weights:
             raise TuneyardError(
                 f"LoRA would move {len(weights)} tensors, {len(foreign)} the base's own: {foreign[:5]}",
