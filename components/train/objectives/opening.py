@@ -54,7 +54,7 @@ def open_objective(config: TrainConfig, rows: Sequence[Mapping[str, Any]], folde
         case MultiTaskObjective():
             found = heads_of(rows, config.objective)
             objective = MultiTask(folder, config.objective, found, config.learning_rate, config.dropout)
-    choose_attention(objective.model, config.max_length)
+    choose_attention(objective, config.max_length)
     return objective
 
 

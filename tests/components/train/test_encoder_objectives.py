@@ -18,7 +18,7 @@ from components.train.objectives.classification import Classification, class_wei
 from components.train.objectives.config import RegressionObjective
 from components.train.objectives.opening import open_objective
 from components.train.objectives.regression import Regression, scale_of
-from components.train.update import make_optimizer, update
+from components.train.update import gradients
 
 ORIGIN = {"file": "corpus.jsonl", "line": 7, "part": "main"}
 WORDS = ["profit", "rose", "sharply", "losses", "widened", "again", "oil", "wheat", "the", "lessee", "pay"]
@@ -94,12 +94,9 @@ def opened(objective, folder, **changes):
 
 def gradients_of(objective, tiny_encoder, sizes, **changes):
     made, encoded, config = opened(objective, tiny_encoder, max_grad_norm=1e9, **changes)
-    encoded, optimizer = iter(encoded), make_optimizer(made.model, config)
-    optimizer.step = lambda: None
-    optimizer.zero_grad = lambda **_: None
+    rest = iter(encoded)
     torch.manual_seed(1)
-    micros = [[next(encoded) for _ in range(size)] for size in sizes]
-    row = update(made, micros, optimizer, 0.0, config, "float32")
+    row = gradients(made, [[next(rest) for _ in range(size)] for size in sizes], config, "float32")
     return row, {n: w.grad for n, w in made.model.named_parameters() if w.grad is not None}
 
 
