@@ -28,7 +28,8 @@ def misfits(raw: Mapping[str, Any]) -> Iterator[tuple[tuple[str, ...], str]]:
     usual = trait.adapter if trait else "full"
     adapter = train.get("adapter") or usual
     kind = adapter.get("kind", usual) if isinstance(adapter, dict) else adapter
-    if _has(raw, "deploy") and kind == "lora" and not _has(raw, "compress"):
+    served = trait is None or trait.task in tasks.SERVED
+    if _has(raw, "deploy") and served and kind == "lora" and not _has(raw, "compress"):
         # What the server would need to put an adapter on its base is a training library.
         yield (
             ("deploy",),
@@ -36,6 +37,7 @@ def misfits(raw: Mapping[str, Any]) -> Iterator[tuple[tuple[str, ...], str]]:
         )
     if trait is None:
         return
+    yield from _not_yet(raw, trait.task)
     given = ingest.get("format")
     if given in examples.REQUIRED and given not in trait.formats:
         objective = train["objective"]
@@ -45,6 +47,15 @@ def misfits(raw: Mapping[str, Any]) -> Iterator[tuple[tuple[str, ...], str]]:
             f"objective {name} needs {' or '.join(trait.formats)} data (it is {given!r})",
         )
     yield from _strange_metrics(raw, trait.task)
+
+
+def _not_yet(raw: Mapping[str, Any], task: tasks.Task) -> Iterator[tuple[tuple[str, ...], str]]:
+    """Stages that cannot take a model of this task."""
+    if _has(raw, "compress") and task not in tasks.COMPRESSED:
+        yield ("compress",), f"there is no smaller form of a {task} model; drop this section"
+    if _has(raw, "deploy") and task not in tasks.SERVED:
+        what = f"the model server does not answer with a {task} model; drop this section, and register it"
+        yield ("deploy",), what
 
 
 def _strange_metrics(raw: Mapping[str, Any], task: str) -> Iterator[tuple[tuple[str, ...], str]]:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from components.evaluate import answers, classes, gates, page
+from components.evaluate import answers, classes, gates, page, retrieval, scores, several, spans
 from components.evaluate.config import EvaluateConfig
 from components.evaluate.findings import Findings, flat, numbers
 from components.shared import jsonl
@@ -40,8 +40,7 @@ def evaluate(config: EvaluateConfig, inputs: Mapping[str, Artifact], context: Co
     card = ModelCard.read(inputs["model"].path)
     gates.refuse_unknown(config.gates, card.task)
     tests = read_tests(inputs["test"].path / "examples.jsonl", inputs["train"].path / "examples.jsonl")
-    judge = answers.judge if card.task == "causal-lm" else classes.judge
-    findings = judge(config, tests, inputs, context)
+    findings = judge_of(card)(config, tests, inputs, context)
     verdict = gates.verdict(config.gates, findings.ships, findings.systems[findings.ships])
     document = {
         "task": card.task,
@@ -68,6 +67,23 @@ def evaluate(config: EvaluateConfig, inputs: Mapping[str, Artifact], context: Co
         stop=gates.stop_line(verdict),
         stop_todo="see page.html of the evaluation; train better, or change evaluate.gates on purpose",
     )
+
+
+def judge_of(card: ModelCard) -> Callable[..., Findings]:
+    """What judges models of a task."""
+    match card.task:
+        case "causal-lm":
+            return answers.judge
+        case "classification":
+            return classes.judge
+        case "regression":
+            return scores.judge
+        case "token-classification":
+            return spans.judge
+        case "embedding":
+            return retrieval.judge
+        case "multi-task":
+            return several.judge
 
 
 def read_tests(test: Path, train: Path) -> list[dict[str, Any]]:

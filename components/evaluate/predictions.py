@@ -122,6 +122,26 @@ def torch_classifier(folder: Path) -> Forward:
     return forward
 
 
+def torch_tagger(folder: Path, limit: int) -> Forward:
+    """The float32 token classifier of a folder: the index of the likeliest tag of each of `limit` tokens."""
+    import numpy as np
+    import torch
+    from transformers import AutoModelForTokenClassification
+
+    model = AutoModelForTokenClassification.from_pretrained(
+        folder, dtype=torch.float32, local_files_only=True, use_safetensors=True
+    ).eval()
+
+    def forward(batch: dict[str, Any]) -> Any:
+        with torch.inference_mode():
+            logits = model(**{name: torch.from_numpy(array) for name, array in batch.items()}).logits
+        tags = np.zeros((len(logits), limit), dtype=np.int64)  # as wide for each batch
+        tags[:, : logits.shape[1]] = logits.argmax(-1).numpy()
+        return tags
+
+    return forward
+
+
 def torch_embedder(folder: Path, precision: str) -> Forward:
     """The frozen encoder of a folder: the mean over a text's tokens of its last hidden states."""
     import torch
