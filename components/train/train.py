@@ -15,7 +15,7 @@ from components.shared import causal, jsonl, sources, tracking
 from components.shared.errors import StageStopped
 from components.shared.modelcard import BaseModelRef
 from components.shared.stage import Artifact, Context, Result
-from components.train import checkpoint, job, keeping, saving
+from components.train import checkpoint, job, keeping, saving, selfcheck
 from components.train.adapters.applying import apply_adapter, weight_counts
 from components.train.config import TrainConfig
 from components.train.data import Ledger, fit_lengths
@@ -162,6 +162,8 @@ def train_here(
         fingerprint=sources.fingerprint(config.base_model, context.store, "model", config.revision),
         revision=config.revision,
     )
+    precision = causal.preferred_precision(config.precision)
+    checked = selfcheck.check(objective, encoded["train"], rows["train"], precision)
     facts = {"trainable_weights": moving, "total_weights": total, "base_fingerprint": base.fingerprint}
     run_id = ""
     if ranks.writes:
@@ -175,7 +177,7 @@ def train_here(
         return Result(kinds={})
     card = saving.card(objective, config, base, (moving, total), run_id)
     saving.save(objective, config, card, context.out / "model")
-    return saving.describe(result, ledgers, card, context, run_id)
+    return saving.describe(result, ledgers, card, context, run_id, checked)
 
 
 def _encode(
