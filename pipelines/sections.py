@@ -52,9 +52,9 @@ def misfits(raw: Mapping[str, Any]) -> Iterator[tuple[tuple[str, ...], str]]:
 def _not_yet(raw: Mapping[str, Any], task: tasks.Task) -> Iterator[tuple[tuple[str, ...], str]]:
     """Stages that cannot take a model of this task."""
     if _has(raw, "compress") and task not in tasks.COMPRESSED:
-        yield ("compress",), f"there is no smaller form of a {task} model; drop this section"
+        yield ("compress",), f"there is no smaller form of {task} models; drop this section"
     if _has(raw, "deploy") and task not in tasks.SERVED:
-        what = f"the model server does not answer with a {task} model; drop this section, and register it"
+        what = f"the model server does not serve {task} models; drop this section, and register it"
         yield ("deploy",), what
 
 
