@@ -6,6 +6,7 @@ import json
 import random
 
 import pytest
+from safetensors import safe_open
 
 from components.evaluate.config import METRICS, EvaluateConfig
 from components.evaluate.evaluate import evaluate
@@ -109,6 +110,8 @@ def test_trained_judged_and_better_than_the_plainest_baseline(
     json.dumps([trained.metrics, trained.summary, trained.metadata], allow_nan=False)
     model = tmp_path / "out" / "model"
     card = ModelCard.read(model)
+    with safe_open(model / "model.safetensors", "pt") as weights:
+        assert not any("lora" in name or "log_variances" in name for name in weights.keys())
     assert metric == default_metric(card.task) and metric in BETTER
     inputs["model"] = Artifact(Manifest("model", describe(model)), model)
     context = Context("run", "tiny", "evaluate", "e" * 64, store, tmp_path / "judged", tmp_path / "work2")
