@@ -39,6 +39,8 @@ SECRETS: dict[str, Mapping[str, tuple[str, ...]]] = {
     "deploy": _S3 | _MLFLOW | _SERVING,
     "notify": _S3 | NOTIFY,
 }
+# What a slice of evaluate is called: its component, its task and its place here.
+SLICE = "evaluate-slice"
 TRAIN_TOKEN = "tuneyard-train-token"
 TRAIN_TOKEN_PATH = "/var/run/secrets/tuneyard/train"
 USER = 10001
@@ -58,12 +60,12 @@ def place(
 
     Args:
         task: a KFP task.
-        stage: its stage, or `notify`.
+        stage: its stage, or `notify`, or SLICE: a pod like that of evaluate, whose work it shares.
         pipeline: name of the pipeline.
         hardware: of the pipeline.
         images: the locked images.
     """
-    asked = hardware.of(stage)
+    asked = hardware.of("evaluate" if stage == SLICE else stage)
     # One process fills one GPU, so two in one node need the same machinery as two nodes.
     elsewhere = stage == "train" and hardware.nodes * hardware.gpus_per_node > 1
     if elsewhere:
@@ -222,7 +224,7 @@ def _policy(task: Any, stage: str, pipeline: str, asked: StageHardware) -> None:
 def _pod_labels(stage: str, pipeline: str, asked: StageHardware) -> dict[str, str]:
     labels = {
         "app.kubernetes.io/part-of": "tuneyard",
-        "app.kubernetes.io/component": stage,
+        "app.kubernetes.io/component": "evaluate" if stage == SLICE else stage,
         "tuneyard.dev/pipeline": pipeline,
     }
     if asked.queue:

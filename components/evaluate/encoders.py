@@ -3,64 +3,78 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from components.evaluate import predictions, resources
 from components.evaluate.config import EvaluateConfig
-from components.evaluate.predictions import Encodings
+from components.evaluate.slices.share import Part, Share, rows
 from components.shared.modelcard import ModelCard
 from components.shared.progress import Progress
 
 
-def measured(
+def put(
     name: str,
     folder: Path,
-    forward: predictions.Forward,
+    opened: Callable[[], predictions.Forward],
     texts: Sequence[str],
     card: ModelCard,
     config: EvaluateConfig,
-) -> tuple[Any, dict[str, float], Encodings]:
-    """Put texts through a model.
+    share: Share,
+    part: Part,
+) -> None:
+    """Put a share of some texts through a model.
 
     Args:
-        name: of the system, for the progress lines.
+        name: of the system; its outputs are `<name>/outputs` of the part.
         folder: with its tokenizer.
-        forward: the model.
-        texts: to be judged.
+        opened: opens the model.
+        texts: all of them.
         card: its limit of length.
         config: see EvaluateConfig.
-
-    Returns:
-        outputs [texts, ...], latency, throughput and memory (names: config.METRICS), and the encodings.
+        share: which batches.
+        part: gets the outputs, how many texts are cut, and, of the share that measures, latency, throughput
+            and memory (names: config.METRICS).
     """
+    import torch
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     encodings = predictions.encode(tokenizer, texts, card.max_length_tokens)
-    progress = Progress(f"{name}: texts", len(encodings), "texts")
+    part.facts["cut"] = encodings.cut
+    batches = share.take(encodings.batches(config.per_device_batch_size))
+    if not batches:
+        part.arrays.update(rows(f"{name}/outputs", [], []))
+        return
+    progress = Progress(share.label(f"{name}: texts"), sum(map(len, batches)), "texts")
     with resources.peak_memory() as memory:
-        timed = predictions.run(forward, encodings, config.per_device_batch_size, True, progress.advance)
+        timed = predictions.run(opened(), encodings, batches, share.measures, progress.advance)
     gc.collect()
-    costs = {
-        **resources.latencies(timed.single_seconds),
-        "texts_per_second": len(encodings) / timed.seconds,
-        "memory_gib": memory["gib"],
-    }
-    return timed.outputs, costs, encodings
+    part.arrays.update(rows(f"{name}/outputs", timed.of, timed.outputs))
+    if share.measures:
+        part.measured[name] = {
+            **resources.latencies(timed.single_seconds),
+            "texts_per_second": len(timed.of) / timed.seconds,
+            "memory_gib": memory["gib"],
+        }
+        part.measured["machine"] = {"threads": int(torch.get_num_threads())}
 
 
-def settings(encodings: Encodings, card: ModelCard) -> dict[str, Any]:
-    """The conditions under which an encoder's numbers hold."""
-    import torch
+def settings(parts: Sequence[Part], count: int, card: ModelCard) -> dict[str, Any]:
+    """The conditions under which an encoder's numbers hold.
 
+    Args:
+        parts: of all shares.
+        count: of the texts.
+        card: of the model.
+    """
+    cut, limit = parts[0].facts["cut"], card.max_length_tokens
+    latency = "of one text alone; texts per second in batches sorted by length"
+    if len(parts) > 1:
+        latency += f"; measured, as memory, on slice 1 of {len(parts)} alone"
     return {
-        "truncated": {
-            "texts": encodings.cut,
-            "of": len(encodings),
-            "limit_tokens": card.max_length_tokens,
-        },
-        "latency": "of one text alone; texts per second in batches sorted by length",
-        "threads": int(torch.get_num_threads()),
+        "truncated": {"texts": cut, "of": count, "limit_tokens": limit},
+        "latency": latency,
+        "threads": parts[0].measured["machine"]["threads"],
     }

@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from components.evaluate import answers, classes, gates, page, retrieval, scores, several, spans
 from components.evaluate.config import EvaluateConfig
 from components.evaluate.findings import Findings, flat, numbers
+from components.evaluate.slices import keeping
 from components.shared import jsonl
 from components.shared.errors import TuneyardError
 from components.shared.modelcard import ModelCard
@@ -38,9 +40,10 @@ def evaluate(config: EvaluateConfig, inputs: Mapping[str, Artifact], context: Co
             or the text metrics do not hold for the corpus.
     """
     card = ModelCard.read(inputs["model"].path)
-    gates.refuse_unknown(config.gates, card.task)
-    tests = read_tests(inputs["test"].path / "examples.jsonl", inputs["train"].path / "examples.jsonl")
-    findings = judge_of(card)(config, tests, inputs, context)
+    task = task_of(inputs, config)
+    tests = read_tests(inputs)
+    parts = keeping.gather(partial(task.take, config, tests, inputs, context), context)
+    findings = task.judge(config, tests, inputs, context, parts)
     verdict = gates.verdict(config.gates, findings.ships, findings.systems[findings.ships])
     document = {
         "task": card.task,
@@ -69,29 +72,39 @@ def evaluate(config: EvaluateConfig, inputs: Mapping[str, Artifact], context: Co
     )
 
 
-def judge_of(card: ModelCard) -> Callable[..., Findings]:
-    """What judges models of a task."""
-    match card.task:
+def task_of(inputs: Mapping[str, Artifact], config: EvaluateConfig) -> Any:
+    """The module that judges a model of this task: its `take` does a share, its `judge` reads all of them.
+
+    Raises:
+        TuneyardError: a gate is on a metric that this task has not.
+    """
+    task = ModelCard.read(inputs["model"].path).task
+    gates.refuse_unknown(config.gates, task)
+    match task:
         case "causal-lm":
-            return answers.judge
+            return answers
         case "classification":
-            return classes.judge
+            return classes
         case "regression":
-            return scores.judge
+            return scores
         case "token-classification":
-            return spans.judge
+            return spans
         case "embedding":
-            return retrieval.judge
+            return retrieval
         case "multi-task":
-            return several.judge
+            return several
 
 
-def read_tests(test: Path, train: Path) -> list[dict[str, Any]]:
+def read_tests(inputs: Mapping[str, Artifact]) -> list[dict[str, Any]]:
     """The test examples, by id.
+
+    Args:
+        inputs: `test`, and `train` to show that test is not in it.
 
     Raises:
         TuneyardError: there is none, or some are in train too.
     """
+    test, train = (inputs[name].path / "examples.jsonl" for name in ("test", "train"))
     tests = sorted(jsonl.read(test), key=lambda row: row["id"])
     if not tests:
         raise TuneyardError(

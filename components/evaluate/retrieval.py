@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 from components.evaluate import baselines, intervals, predictions
 from components.evaluate.config import EvaluateConfig
-from components.evaluate.encoders import measured, settings
+from components.evaluate.encoders import put, settings
 from components.evaluate.findings import Findings
+from components.evaluate.slices.share import Part, Share, joined
 from components.shared import clock, jsonl
 from components.shared.modelcard import ModelCard
 from components.shared.stage import Artifact, Context
@@ -26,11 +26,39 @@ class Exam:
     wanted: list[set[int]]
 
 
+def take(
+    config: EvaluateConfig,
+    tests: Sequence[Mapping[str, Any]],
+    inputs: Mapping[str, Artifact],
+    context: Context,
+    share: Share,
+) -> Part:
+    """Embed a share of the test texts with the tuned model and with its base.
+
+    Args:
+        config: see EvaluateConfig.
+        tests: test examples sorted by id.
+        inputs: `model` and `train`.
+        context: of the stage.
+        share: which batches.
+
+    Raises:
+        TuneyardError: the base has changed.
+    """
+    folder, part, exam = inputs["model"].path, Part({}), prepare(tests)
+    card, texts = ModelCard.read(folder), [*exam.anchors, *exam.pool]
+    for name, where in (("tuned", folder), ("base", card.base_model.folder(context.store))):
+        opened = partial(predictions.torch_embedder, where, "float32")
+        put(name, where, opened, texts, card, config, share, part)
+    return part
+
+
 def judge(
     config: EvaluateConfig,
     tests: Sequence[Mapping[str, Any]],
     inputs: Mapping[str, Artifact],
     context: Context,
+    parts: Sequence[Part],
 ) -> Findings:
     """The tuned model, its base and TF-IDF search the same pool for the same anchors.
 
@@ -39,9 +67,7 @@ def judge(
         tests: test examples sorted by id.
         inputs: `model` and `train`.
         context: of the stage.
-
-    Raises:
-        TuneyardError: the base has changed.
+        parts: what `take` found in every share.
     """
     folder = inputs["model"].path
     card = ModelCard.read(folder)
@@ -49,22 +75,20 @@ def judge(
     exam = prepare(tests)
     systems: dict[str, dict[str, Any]] = {}
     places: dict[str, list[int]] = {}
-    base = card.base_model.folder(context.store)
-    encodings = None
-    for name, where, about in (
-        ("tuned", folder, "the tuned model, PyTorch float32, cosine of mean-pooled vectors"),
-        ("base", base, "the base model, untuned, pooled and compared in the same way"),
+    for name, about in (
+        ("tuned", "the tuned model, PyTorch float32, cosine of mean-pooled vectors"),
+        ("base", "the base model, untuned, pooled and compared in the same way"),
     ):
-        similar, costs, encodings = _embedded(name, where, exam, card, config)
+        similar = _cosines(joined(parts, f"{name}/outputs"), len(exam.anchors))
         places[name] = standing(similar, exam.wanted)
-        systems[name] = {"about": about, **score(places[name]), **costs}
+        systems[name] = {"about": about, **score(places[name]), **parts[0].measured[name]}
     with clock.arithmetic():
         corpus = [row[side] for row in train for side in ("anchor", "positive")]
         similar = baselines.tfidf_similarity(corpus, exam.anchors, exam.pool)
     places["tfidf"] = standing(similar, exam.wanted)
     systems["tfidf"] = {"about": "cosine of TF-IDF of one and two words", **score(places["tfidf"])}
-    assert encodings is not None
-    facts = {**settings(encodings, card), "pool": len(exam.pool), "anchors": len(exam.anchors)}
+    count = len(exam.anchors) + len(exam.pool)
+    facts = {**settings(parts, count, card), "pool": len(exam.pool), "anchors": len(exam.anchors)}
     return Findings(systems, "tuned", _rows(exam, places), facts)
 
 
@@ -80,19 +104,12 @@ def prepare(tests: Sequence[Mapping[str, Any]]) -> Exam:
     return Exam(list(anchors), list(pool), list(anchors.values()))
 
 
-def _embedded(
-    name: str, folder: Path, exam: Exam, card: ModelCard, config: EvaluateConfig
-) -> tuple[Any, dict[str, float], predictions.Encodings]:
-    """Cosines [anchors, pool] by one model folder, its costs, and the encodings of all texts."""
+def _cosines(vectors: Any, anchors: int) -> Any:
+    """Cosines [anchors, pool] from vectors [anchors, then pool, width]."""
     import numpy as np
 
-    forward = predictions.torch_embedder(folder, "float32")
-    texts = [*exam.anchors, *exam.pool]
-    vectors, costs, encodings = measured(name, folder, forward, texts, card, config)
-    del forward
-    gc.collect()
     vectors = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
-    return vectors[: len(exam.anchors)] @ vectors[len(exam.anchors) :].T, costs, encodings
+    return vectors[:anchors] @ vectors[anchors:].T
 
 
 def standing(similar: Any, wanted: Sequence[set[int]]) -> list[int]:

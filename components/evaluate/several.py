@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from components.evaluate import baselines, class_metrics, predictions, score_metrics
 from components.evaluate.config import EvaluateConfig
-from components.evaluate.encoders import measured, settings
+from components.evaluate.encoders import put, settings
 from components.evaluate.findings import Findings
+from components.evaluate.slices.share import Part, Share, joined
 from components.shared import clock, heads, jsonl
 from components.shared.errors import TuneyardError
 from components.shared.heads import Head
@@ -19,7 +21,40 @@ from components.shared.stage import Artifact, Context
 Rows = Sequence[Mapping[str, Any]]
 
 
-def judge(config: EvaluateConfig, tests: Rows, inputs: Mapping[str, Artifact], context: Context) -> Findings:
+def take(
+    config: EvaluateConfig,
+    tests: Sequence[Mapping[str, Any]],
+    inputs: Mapping[str, Artifact],
+    context: Context,
+    share: Share,
+) -> Part:
+    """Put a share of the test texts through the tuned model.
+
+    Args:
+        config: see EvaluateConfig.
+        tests: test examples sorted by id.
+        inputs: `model` and `train`.
+        context: of the stage.
+        share: which batches.
+
+    Raises:
+        TuneyardError: a task or label of test is none of the model's.
+    """
+    folder, part = inputs["model"].path, Part({})
+    card = ModelCard.read(folder)
+    refuse_unknown(tests, card.heads)
+    texts = [heads.asked(row["task"], row["text"], card.task_in_text) for row in tests]
+    put("tuned", folder, partial(predictions.torch_classifier, folder), texts, card, config, share, part)
+    return part
+
+
+def judge(
+    config: EvaluateConfig,
+    tests: Rows,
+    inputs: Mapping[str, Artifact],
+    context: Context,
+    parts: Sequence[Part],
+) -> Findings:
     """The tuned model on every task, beside the commonest answer and TF-IDF under a linear model.
 
     Args:
@@ -27,17 +62,11 @@ def judge(config: EvaluateConfig, tests: Rows, inputs: Mapping[str, Artifact], c
         tests: test examples sorted by id.
         inputs: `model` and `train`.
         context: of the stage.
-
-    Raises:
-        TuneyardError: a task or label of test is none of the model's.
+        parts: what `take` found in every share.
     """
-    folder = inputs["model"].path
-    card = ModelCard.read(folder)
+    card = ModelCard.read(inputs["model"].path)
     train = list(jsonl.read(inputs["train"].path / "examples.jsonl"))
-    refuse_unknown(tests, card.heads)
-    texts = [heads.asked(row["task"], row["text"], card.task_in_text) for row in tests]
-    forward = predictions.torch_classifier(folder)
-    outputs, costs, encodings = measured("tuned", folder, forward, texts, card, config)
+    outputs = joined(parts, "tuned/outputs")
     said: dict[str, list[Any]] = {name: [None] * len(tests) for name in ("tuned", "commonest", "tfidf")}
     tables: dict[str, list[dict[str, Any]]] = {name: [] for name in said}
     for head, place in heads.slices(card.heads):
@@ -61,8 +90,8 @@ def judge(config: EvaluateConfig, tests: Rows, inputs: Mapping[str, Artifact], c
         "tfidf": "TF-IDF of one and two words under a logistic or ridge regression for each task",
     }
     systems = {name: {"about": abouts[name], **_over_all(table)} for name, table in tables.items()}
-    systems["tuned"] |= costs
-    facts = settings(encodings, card)
+    systems["tuned"] |= parts[0].measured["tuned"]
+    facts = settings(parts, len(tests), card)
     facts["tasks"] = {"judged": len(tables["tuned"]), "of": len(card.heads)}
     return Findings(systems, "tuned", _rows(tests, said), facts)
 

@@ -4,16 +4,41 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from components.evaluate import predictions, span_metrics
 from components.evaluate.config import EvaluateConfig
-from components.evaluate.encoders import measured, settings
+from components.evaluate.encoders import put, settings
 from components.evaluate.findings import Findings
+from components.evaluate.slices.share import Part, Share, joined
 from components.shared import clock, jsonl, tagging
 from components.shared.modelcard import ModelCard
 from components.shared.stage import Artifact, Context
 from components.shared.tagging import Span
+
+
+def take(
+    config: EvaluateConfig,
+    tests: Sequence[Mapping[str, Any]],
+    inputs: Mapping[str, Artifact],
+    context: Context,
+    share: Share,
+) -> Part:
+    """Tag a share of the test texts with the tuned model.
+
+    Args:
+        config: see EvaluateConfig.
+        tests: test examples sorted by id.
+        inputs: `model` and `train`.
+        context: of the stage.
+        share: which batches.
+    """
+    folder, part = inputs["model"].path, Part({})
+    card, texts = ModelCard.read(folder), [row["text"] for row in tests]
+    opened = partial(predictions.torch_tagger, folder, card.max_length_tokens)
+    put("tuned", folder, opened, texts, card, config, share, part)
+    return part
 
 
 def judge(
@@ -21,6 +46,7 @@ def judge(
     tests: Sequence[Mapping[str, Any]],
     inputs: Mapping[str, Artifact],
     context: Context,
+    parts: Sequence[Part],
 ) -> Findings:
     """The entities that the tuned model and the dictionary find in the test texts.
 
@@ -29,6 +55,7 @@ def judge(
         tests: test examples sorted by id; one of a label that the model does not know counts as missed.
         inputs: `model` and `train`.
         context: of the stage.
+        parts: what `take` found in every share.
     """
     from transformers import AutoTokenizer
 
@@ -37,15 +64,14 @@ def judge(
     train = list(jsonl.read(inputs["train"].path / "examples.jsonl"))
     texts = [row["text"] for row in tests]
     truth = [tagging.spans_of(row) for row in tests]
-    forward = predictions.torch_tagger(folder, card.max_length_tokens)
-    outputs, costs, encodings = measured("tuned", folder, forward, texts, card, config)
+    outputs = joined(parts, "tuned/outputs")
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     said = {"tuned": [read(tokenizer, t, card, tags) for t, tags in zip(texts, outputs, strict=True)]}
     systems = {
         "tuned": {
             "about": "the tuned model, PyTorch float32",
             **span_metrics.score(truth, said["tuned"]),
-            **costs,
+            **parts[0].measured["tuned"],
         }
     }
     with clock.arithmetic():
@@ -55,7 +81,7 @@ def judge(
         "about": f"the {len(known)} entities of train, found again by their letters, the longest first",
         **span_metrics.score(truth, said["dictionary"]),
     }
-    facts = settings(encodings, card)
+    facts = settings(parts, len(tests), card)
     facts["truncated"]["entities"] = _beyond(tokenizer, texts, truth, card)
     return Findings(systems, "tuned", _rows(tests, truth, said), facts)
 

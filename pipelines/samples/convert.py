@@ -53,9 +53,9 @@ def convert(sample: Sample, wheels: Sequence[Path], scratch: Path) -> Path:
             out.mkdir()
             _convert_tabs(expected, unpacked, out)
         case LawbenchEntities() as expected:
-            (source,) = unpacked.iterdir()
+            (asked,) = unpacked.iterdir()
             out.mkdir()
-            entities.convert(source, out / source.name, expected.rows, expected.entities)
+            entities.convert(asked, out / asked.name, expected.rows, expected.entities)
         case Gguf() as expected:
             _dequantise(expected, unpacked, out)
     return out

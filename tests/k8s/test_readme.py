@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from components.deploy.config import DeployConfig
 from k8s import render
 from tests.k8s.test_manifests import SECRETS
 
@@ -58,21 +59,8 @@ def test_the_commands_make_the_secrets_that_the_manifests_name(tmp_path) -> None
     assert made["tuneyard", "tuneyard-s3"] == s3
 
 
-def test_the_canary_is_moved_where_the_route_has_its_weights(prod, tmp_path) -> None:
-    (block,) = [block for block in BLOCKS if "patch httproute" in block]
-    (tmp_path / "kubectl").write_text('#!/bin/sh\nfor last; do :; done; echo "$last" >> "$ASKED"\n')
-    (tmp_path / "kubectl").chmod(0o755)
-    environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "ASKED": str(tmp_path / "asked")}
-    subprocess.run(["bash", "-euc", block], env=environment, check=True, timeout=60)
-    patch = (tmp_path / "asked").read_text().split("deployment/")[0]
-    from tests.k8s.manifests import one
-
-    references = one(prod, "HTTPRoute", "tuneyard")["spec"]["rules"][0]["backendRefs"]
-    for change in yaml.safe_load(patch):
-        index = re.fullmatch(r"/spec/rules/0/backendRefs/(\d)/weight", change["path"])
-        assert index is not None
-        references[int(index[1])]["weight"] = change["value"]
-    assert {r["name"]: r["weight"] for r in references} == {
-        "tuneyard-serving": 90,
-        "tuneyard-serving-canary": 10,
-    }
+def test_the_canary_that_the_instructions_show_is_one() -> None:
+    (block,) = [block for block in re.findall(r"```yaml\n(.*?)```", README, re.DOTALL) if "canary:" in block]
+    shown = DeployConfig.model_validate(yaml.safe_load(block)["deploy"])
+    assert shown.canary is not None
+    assert set(yaml.safe_load(block)["deploy"]["canary"]) == set(type(shown.canary).model_fields)

@@ -205,7 +205,7 @@ class Server:
         self.client = httpx.Client(base_url=self.url, timeout=60, trust_env=False)
         self.wait("/healthz")
 
-    def wait(self, path: str, seconds: float = 60) -> None:
+    def wait(self, path: str, seconds: float = 180) -> None:
         until = time.monotonic() + seconds
         while time.monotonic() < until:
             assert self.process.poll() is None, self.log.read_text()
