@@ -17,6 +17,7 @@ from typing import Any
 
 from components.shared import causal, clock, digest, encoders
 from components.shared.tasks import Task
+from components.train import checkpoint
 from components.train.objectives import infonce, texts
 from components.train.objectives.base import Arithmetic, Objective, base_settings
 from components.train.objectives.config import ContrastiveObjective
@@ -107,7 +108,7 @@ class Contrastive(Objective):
         with clock.arithmetic():
             states, parts = [], []
             for micro in micros:
-                states.append(_random_state())
+                states.append(checkpoint.random_state())
                 with torch.no_grad(), arithmetic():
                     parts.append(self._vectors(micro))
             nothing = torch.zeros(0, self.model.config.hidden_size, device=causal.device())
@@ -152,19 +153,13 @@ def _keys(pairs: Sequence[Pair]) -> list[Any]:
     return [torch.tensor(column, dtype=torch.int64, device=causal.device()) for column in numbers]
 
 
-def _random_state() -> tuple[Any, Any]:
-    import torch
-
-    return torch.get_rng_state(), torch.cuda.get_rng_state() if torch.cuda.is_available() else None
-
-
 @contextmanager
-def _replayed(state: tuple[Any, Any]) -> Iterator[None]:
-    """Go back to a random state, and afterwards on from where it was."""
+def _replayed(state: Mapping[str, Any]) -> Iterator[None]:
+    """Go back to a random state (checkpoint.random_state), and afterwards on from where it was."""
     import torch
 
-    with torch.random.fork_rng(devices=None if state[1] is None else [torch.cuda.current_device()]):
-        torch.set_rng_state(state[0])
-        if state[1] is not None:
-            torch.cuda.set_rng_state(state[1])
+    with torch.random.fork_rng(devices=[torch.cuda.current_device()] if "cuda" in state else []):
+        torch.set_rng_state(state["cpu"])
+        if "cuda" in state:
+            torch.cuda.set_rng_state(state["cuda"])
         yield

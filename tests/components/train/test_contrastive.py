@@ -65,6 +65,15 @@ def test_loss_is_the_formula(symmetric):
     assert found == pytest.approx(expected, rel=1e-5)
 
 
+def test_cosines_are_not_rounded_to_bfloat16():
+    torch.manual_seed(0)
+    vectors = [unit(6, 16).float(), unit(6, 16).float(), unit(0, 16).float()]
+    keys = [torch.arange(6), torch.arange(6, 12), torch.arange(0)]
+    exact = float(infonce.summed(vectors, keys, 0.02, False))
+    with autocast("bfloat16"):
+        assert float(infonce.summed(vectors, keys, 0.02, False)) == exact
+
+
 def test_what_belongs_to_an_anchor_is_not_its_negative():
     torch.manual_seed(0)
     # Pairs 0 and 1 have one positive; 2 and 3 one anchor; the negative is pair 4's own positive; the anchor
