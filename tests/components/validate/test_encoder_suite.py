@@ -91,6 +91,13 @@ DEFECTS = {
         BETWEEN,
         "labels_of_task",
     ),
+    "rare task": (
+        "task-text",
+        {n: {"task": "odd", "label": "+-+"[n - 3]} for n in THREE},
+        "warn",
+        BETWEEN,
+        "task_examples",
+    ),
     "contradictory labels": (
         "task-text",
         {n: {"task": "mood", "text": "同", "label": "+-+"[n - 3]} for n in THREE},
