@@ -34,6 +34,7 @@ def misfits(raw: Mapping[str, Any]) -> Iterator[tuple[tuple[str, ...], str]]:
     yield from _beside_its_base(raw, kind if isinstance(kind, str) else "", trait)
     if trait is None:
         return
+    yield from _not_yet(raw, trait.task)
     given = ingest.get("format")
     if given in examples.REQUIRED and given not in trait.formats:
         objective = train["objective"]
@@ -52,7 +53,9 @@ def _beside_its_base(
     adapter = ADAPTERS.get(kind)
     if adapter is None:
         return
-    if _has(raw, "deploy") and not adapter.beside and adapter.frozen and not _has(raw, "compress"):
+    served = trait is None or trait.task in tasks.SERVED
+    merges = adapter.frozen and not adapter.beside
+    if _has(raw, "deploy") and served and merges and not _has(raw, "compress"):
         # What the server would need to put an adapter on its base is a training library.
         yield (
             ("deploy",),
@@ -71,6 +74,15 @@ def _beside_its_base(
     if trait is not None and trait.task not in _BESIDE:
         what = f"adapter {kind} stays beside its base, and evaluate opens such a {trait.task} model not yet"
         yield ("train", "adapter"), f"{what}; choose {merged} or full"
+
+
+def _not_yet(raw: Mapping[str, Any], task: tasks.Task) -> Iterator[tuple[tuple[str, ...], str]]:
+    """Stages that cannot take a model of this task."""
+    if _has(raw, "compress") and task not in tasks.COMPRESSED:
+        yield ("compress",), f"there is no smaller form of {task} models; drop this section"
+    if _has(raw, "deploy") and task not in tasks.SERVED:
+        what = f"the model server does not serve {task} models; drop this section, and register it"
+        yield ("deploy",), what
 
 
 def _strange_metrics(raw: Mapping[str, Any], task: str) -> Iterator[tuple[tuple[str, ...], str]]:

@@ -188,6 +188,7 @@ def _encode(
     encoded, ledgers = {}, {}
     for side, examples in rows.items():
         encoded[side], ledgers[side] = fit_lengths(examples, objective.encode, objective.shorten, config)
+        ledgers[side].parts = objective.account(examples, encoded[side])
         if not encoded[side]:
             todo = "see train.max_length and train.over_length"
             raise StageStopped(f"no example of {side} is left to use", todo)
