@@ -10,7 +10,19 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from components.evaluate import answers, classes, documents, gates, masked, page, seq2seq
+from components.evaluate import (
+    answers,
+    classes,
+    documents,
+    gates,
+    masked,
+    page,
+    retrieval,
+    scores,
+    seq2seq,
+    several,
+    spans,
+)
 from components.evaluate.config import EvaluateConfig
 from components.evaluate.findings import Findings, flat, numbers
 from components.evaluate.slices import keeping
@@ -90,8 +102,16 @@ def task_of(inputs: Mapping[str, Artifact], config: EvaluateConfig) -> Any:
             return masked
         case "seq2seq", _:
             return seq2seq
-        case _:
+        case "classification", _:
             return classes
+        case "regression", _:
+            return scores
+        case "token-classification", _:
+            return spans
+        case "embedding", _:
+            return retrieval
+        case "multi-task", _:
+            return several
 
 
 def read_tests(inputs: Mapping[str, Artifact]) -> list[dict[str, Any]]:

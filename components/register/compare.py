@@ -21,6 +21,15 @@ _OVER_ALL_EXAMPLES = {
     "macro_f1",
     "auc",
 }
+_USUAL = {
+    "causal-lm": "loss",
+    "seq2seq": "loss",
+    "masked-lm": "loss",
+    "regression": "rmse",
+    "token-classification": "entity_f1",
+    "embedding": "mrr",
+    "multi-task": "mean_score",
+}
 _BY_TOKEN = {"loss", "perplexity", "loss_reduction", "masked_accuracy"}
 
 
@@ -62,7 +71,7 @@ class Comparison:
 
 def default_metric(task: str) -> str:
     """What models of a task are compared by when the pipeline file does not say."""
-    return "loss" if task in ("causal-lm", "seq2seq", "masked-lm") else "accuracy"
+    return _USUAL.get(task, "accuracy")
 
 
 def compare(metric: str, new: Judged, present: Judged | None) -> Comparison:

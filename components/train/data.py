@@ -28,12 +28,14 @@ class Ledger:
         rows: one for each example that was not kept whole: id, origin, action, tokens, max_length, and
             `pieces` of one that was split.
         pieces: that came out of those that were split.
+        parts: what became of the parts of examples where they have some (entities -> how many).
     """
 
     counts: Counter[str] = field(default_factory=Counter)
     tokens: Counter[str] = field(default_factory=Counter)
     rows: list[dict[str, Any]] = field(default_factory=list)
     pieces: int = 0
+    parts: dict[str, int] = field(default_factory=dict)
 
     def note(
         self, example: Mapping[str, Any], action: str, before: int, after: int, limit: int, pieces: int = 0
