@@ -151,10 +151,11 @@ def test_a_template_that_rewrites_an_earlier_answer_is_refused(tiny_causal):
     sft = Sft(tiny_causal, "float32")
     whole = sft.tokenizer.chat_template
     sft.tokenizer.chat_template = whole.replace(
-        "{{ message['content'] }}", "{{ message['content'] if loop.last else message['content'][:9] }}"
+        "{{ message['content'] }}",
+        "{{ message['content'] if loop.last or message['role'] != 'assistant' else message['content'][:9] }}",
     )
     assert sft.tokenizer.chat_template != whole
-    with pytest.raises(TuneyardError, match=r"message 2 of a conversation(.|\n)*loss_on: last"):
+    with pytest.raises(TuneyardError, match=r"message 2 of a conversation(.|\n)*once (.|\n)*loss_on: last"):
         sft.encode({"messages": TALK})
 
 
