@@ -89,6 +89,73 @@ def summed_cross_entropy(
     return _function().apply(hidden, head.weight, head.bias, targets, cap, label_smoothing)
 
 
+def token_cross_entropy(hidden: Any, head: Any, cap: float, targets: Any) -> Any:
+    """Cross-entropy of each token, differentiable in `hidden` and in the head's weight and bias.
+
+    For losses that weigh whole answers, when the weight of a token is known only after all were seen: what
+    the hidden states get is computed in the forward pass and scaled in the backward pass, and what the head
+    gets, if it moves, is computed in the backward pass from logits that are made again.
+
+    Args:
+        hidden: [n, width].
+        head: the vocabulary projection (a Linear), computed in its own dtype.
+        cap: the model's soft cap of logits; 0 for none.
+        targets: [n] token ids.
+
+    Returns:
+        [n] float32; equals torch's cross_entropy(reduction="none") on whole logits.
+    """
+    import torch
+
+    if not torch.is_grad_enabled():
+        return token_nats(hidden, head, cap, targets)
+    return _token_function().apply(hidden, head.weight, head.bias, targets, cap)
+
+
+def _token_function() -> Any:
+    import torch
+
+    class TokenCrossEntropy(torch.autograd.Function):
+        """Keeps the gradient of the hidden states [n, width], never that of the logits."""
+
+        @staticmethod
+        def forward(ctx: Any, hidden: Any, weight: Any, bias: Any, targets: Any, cap: float) -> Any:
+            nats = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
+            grad_hidden = torch.empty_like(hidden)
+            projection = _Projection(weight, bias, len(targets))
+            for start in range(0, len(targets), CHUNK_TOKENS):
+                at = slice(start, start + CHUNK_TOKENS)
+                logits = projection.logits(hidden[at].to(weight.dtype))
+                nats[at] = _losses_and_gradient(logits, targets[at], 0.0, cap)
+                grad = projection.raw[: len(logits)].copy_(logits)
+                grad_hidden[at] = torch.mm(grad, weight).to(hidden.dtype)
+            ctx.cap = cap
+            ctx.save_for_backward(hidden, weight, bias, targets, grad_hidden)
+            return nats
+
+        @staticmethod
+        def backward(ctx: Any, *grads: Any) -> Any:
+            hidden, weight, bias, targets, grad_hidden = ctx.saved_tensors
+            scale = grads[0][:, None]
+            grad_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
+            grad_bias = torch.zeros_like(bias) if bias is not None and ctx.needs_input_grad[2] else None
+            if grad_weight is not None or grad_bias is not None:
+                projection = _Projection(weight, bias, len(targets))
+                for start in range(0, len(targets), CHUNK_TOKENS):
+                    at = slice(start, start + CHUNK_TOKENS)
+                    states = hidden[at].to(weight.dtype)
+                    logits = projection.logits(states)
+                    _losses_and_gradient(logits, targets[at], 0.0, ctx.cap)
+                    grad = projection.raw[: len(logits)].copy_(logits.mul_(scale[at]))
+                    if grad_weight is not None:
+                        grad_weight += grad.T @ states
+                    if grad_bias is not None:
+                        grad_bias += grad.sum(0)
+            return grad_hidden * scale.to(grad_hidden.dtype), grad_weight, grad_bias, None, None
+
+    return TokenCrossEntropy
+
+
 def _function() -> Any:
     import torch
 
@@ -108,7 +175,7 @@ def _function() -> Any:
                 at = slice(start, start + CHUNK_TOKENS)
                 states = hidden[at].to(weight.dtype)
                 logits = projection.logits(states)
-                total += _loss_and_gradient(logits, targets[at], smoothing, cap)
+                total += _losses_and_gradient(logits, targets[at], smoothing, cap).sum()
                 grad = projection.raw[: len(states)].copy_(logits)
                 grad_hidden[at] = torch.mm(grad, weight).to(hidden.dtype)
                 if grad_weight is not None:
@@ -126,8 +193,8 @@ def _function() -> Any:
     return SummedCrossEntropy
 
 
-def _loss_and_gradient(logits: Any, targets: Any, smoothing: float, cap: float) -> Any:
-    """Summed loss; the logits become its gradient with respect to the uncapped logits.
+def _losses_and_gradient(logits: Any, targets: Any, smoothing: float, cap: float) -> Any:
+    """Loss of each token; the logits become its gradient with respect to the uncapped logits.
 
     All in place, five passes over memory: at this size the passes cost more than the arithmetic.
     """
@@ -145,11 +212,11 @@ def _loss_and_gradient(logits: Any, targets: Any, smoothing: float, cap: float) 
     logits.sub_(highest[:, None]).exp_()
     total = logits.sum(-1)
     log_normaliser = total.log() + highest
-    loss = (log_normaliser - (1 - smoothing) * at_target - smoothing * mean).sum()
+    losses = log_normaliser - (1 - smoothing) * at_target - smoothing * mean
     logits.div_(total[:, None])
     logits[rows, targets] -= 1 - smoothing
     if smoothing:
         logits -= smoothing / logits.shape[-1]
     if slope is not None:
         logits.mul_(slope)
-    return loss
+    return losses

@@ -11,8 +11,11 @@ from typing import Literal
 
 from components.shared.examples import DatasetType
 
-Task = Literal["causal-lm", "classification"]
-ObjectiveKind = Literal["sft", "classification"]
+Task = Literal["causal-lm", "classification", "reward"]
+ObjectiveKind = Literal["sft", "classification", "dpo", "reward", "ppo"]
+# What compress can make smaller, and what the model server answers with.
+COMPRESSED: tuple[Task, ...] = ("causal-lm", "classification")
+SERVED: tuple[Task, ...] = ("causal-lm", "classification")
 
 
 @dataclass(frozen=True)
@@ -24,17 +27,25 @@ class Trait:
         formats: dataset types it learns from; the first is meant where a pipeline file names none.
         adapter: which weights move where a pipeline file says nothing.
         stratify_by: field whose shares all sides keep where a pipeline file says nothing; None for none.
+        group_by: field whose equal values stay on one side where a pipeline file says nothing; None for none.
+        smooths: whether train.label_smoothing means anything to it.
     """
 
     task: Task
     formats: tuple[DatasetType, ...]
     adapter: Literal["lora", "full"] = "full"
     stratify_by: str | None = None
+    group_by: str | None = None
+    smooths: bool = True
 
 
 OBJECTIVES: dict[str, Trait] = {
     "sft": Trait("causal-lm", ("prompt-completion", "conversational"), adapter="lora"),
     "classification": Trait("classification", ("labelled-text",), stratify_by="label"),
+    # By prompt: the same two answers, judged the other way round, must not stand on two sides.
+    "dpo": Trait("causal-lm", ("preference",), adapter="lora", group_by="prompt"),
+    "reward": Trait("reward", ("preference",), adapter="lora", group_by="prompt"),
+    "ppo": Trait("causal-lm", ("prompt-only",), adapter="lora", smooths=False),
 }
 
 

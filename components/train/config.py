@@ -106,6 +106,15 @@ class TrainConfig(Settings):
         return filled
 
     @model_validator(mode="after")
+    def _smoothing(self) -> TrainConfig:
+        if self.label_smoothing and not tasks.OBJECTIVES[self.objective.kind].smooths:
+            raise ValueError(
+                f"label_smoothing ({self.label_smoothing:g}) means nothing to {self.objective.kind}, "
+                "which has no labels; drop it"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _length_of_run(self) -> TrainConfig:
         if self.epochs is not None and self.max_steps is not None:
             raise ValueError(

@@ -52,15 +52,13 @@ def eval_loss(
     precision: causal.Precision,
     ranks: Ranks = ALONE,
 ) -> float:
-    """Mean loss in nats over the terms of these examples."""
+    """Mean loss over the terms of these examples."""
     import torch
 
     objective.model.eval()
-    total = 0.0
-    budget = config.per_device_batch_size * config.max_length
+    batches = causal.by_length([len(e) for e in encoded], config.per_device_batch_size * config.max_length)
     with clock.arithmetic(), torch.inference_mode(), autocast(precision):
-        for indices in ranks.share(list(causal.by_length([len(e) for e in encoded], budget))):
-            total += float(objective.summed_loss([encoded[i] for i in indices], 0.0))
+        total = objective.judged_loss(encoded, batches, ranks)
     objective.model.train()
     return ranks.sum(total) / sum(map(objective.terms, encoded))
 
@@ -101,7 +99,8 @@ def fit(
     for number in range(start, len(steps)):
         batches = [[train[i] for i in micro] for micro in steps[number]]
         row, took = update(number, batches)
-        tokens, seconds = tokens + sum(len(e) for micro in batches for e in micro), seconds + took
+        tokens += sum(objective.tokens(e) for micro in batches for e in micro)
+        seconds += took
         row |= {"time": time.time(), "tokens_per_second": tokens / seconds}
         last = number + 1 == len(steps)
         if (number + 1) % every == 0 or last:
@@ -168,7 +167,7 @@ def _judge(
     state: Fit, row: dict[str, float], objective: Objective, best: Any, config: TrainConfig, eval_loss: float
 ) -> Any:
     """Note an evaluation, and what it does to best weights and patience. Returns the best weights."""
-    row["eval_loss"] = eval_loss
+    row |= {"eval_loss": eval_loss, **objective.judged_notes()}
     if not math.isfinite(row["eval_loss"]):
         raise TuneyardError(
             f"train: the eval loss is {row['eval_loss']} after step {row['step']}",

@@ -42,6 +42,7 @@ def card(
         trainable_weights=weights[0],
         total_weights=weights[1],
         mlflow_run=run_id,
+        **objective.card_facts(),
     )
 
 
@@ -54,6 +55,7 @@ def save(objective: Objective, config: TrainConfig, card: ModelCard, folder: Pat
         card: of the model.
         folder: to be made.
     """
+    objective.finish()
     model = objective.model
     if card.layout == "transformers" and config.adapter.kind == "lora":
         model = model.merge_and_unload()
@@ -83,6 +85,7 @@ def describe(
         "stopped_early": result.stopped_early,
         "examples": {side: dict(kept.counts) for side, kept in ledgers.items()},
         "tokens": {side: dict(kept.tokens) for side, kept in ledgers.items()},
+        **{side: kept.parts for side, kept in ledgers.items() if kept.parts},
         "trainable_weights": card.trainable_weights,
         "total_weights": card.total_weights,
         "mlflow_run": run_id,

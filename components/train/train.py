@@ -24,6 +24,7 @@ from components.train.objectives.base import Objective
 from components.train.objectives.opening import open_objective
 from components.train.ranks import ALONE, Ranks
 from components.train.trainjob import ASKED, Nodes
+from components.train.update import autocast
 
 log = logging.getLogger("tuneyard.train")
 
@@ -50,15 +51,18 @@ def _seed(seed: int) -> None:
 
 
 def _open(config: TrainConfig, train: Sequence[Mapping[str, Any]], context: Context) -> Objective:
-    """The base model with its objective and adapter."""
+    """The base model with its objective."""
     folder = sources.model_folder(config.base_model, context.store, config.revision)
-    objective = open_objective(config, train, folder)
+    return open_objective(config, train, folder)
+
+
+def _adapt(objective: Objective, config: TrainConfig) -> None:
+    """Put the adapter on."""
     apply_adapter(objective, config)
     if config.gradient_checkpointing:
         objective.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         if hasattr(objective.model, "enable_input_require_grads"):
             objective.model.enable_input_require_grads()
-    return objective
 
 
 def _track(
@@ -92,9 +96,8 @@ def _fit_tracked(
     ended: Literal["FINISHED", "FAILED", "KILLED"] = "FAILED"
     try:
         with tracking.system_metrics(run_id):
-            precision = causal.preferred_precision(config.precision)
             folder = context.work / "checkpoints"
-            result = fitting(sides["train"], sides["eval"], config, precision, folder, report)
+            result = fitting(sides["train"], sides["eval"], config, folder=folder, report=report)
         tracking.log_metrics(run_id, {"eval_loss": result.base_loss})  # as step 0 of the curve
         ended = "FINISHED"
     except KeyboardInterrupt:
@@ -156,6 +159,9 @@ def train_here(
     judged = sorted(objective.usable(rows["eval"]), key=lambda row: row["id"])
     rows["eval"] = judged[: config.eval_examples]
     encoded, ledgers = _encode(objective, rows, config)
+    precision = causal.preferred_precision(config.precision)
+    objective.prepare([*encoded["train"], *encoded["eval"]], partial(autocast, precision))
+    _adapt(objective, config)
     moving, total = weight_counts(objective, config)
     base = BaseModelRef(
         uri=config.base_model,
@@ -169,7 +175,8 @@ def train_here(
     context.work.mkdir(parents=True, exist_ok=True)
     (context.work / "mlflow_run").write_text(run_id)
     log.info("train: %d examples, %d of %d weights move", len(encoded["train"]), moving, total)
-    fitting = partial(fit, objective, ranks=ranks, saved=saved)
+    objective.start()
+    fitting = partial(fit, objective, precision=precision, ranks=ranks, saved=saved)
     result = _fit_tracked(fitting, encoded, config, context, run_id)
     if not ranks.writes:
         return Result(kinds={})
@@ -185,6 +192,7 @@ def _encode(
     encoded, ledgers = {}, {}
     for side, examples in rows.items():
         encoded[side], ledgers[side] = fit_lengths(examples, objective.encode, objective.shorten, config)
+        ledgers[side].parts = objective.account(examples, encoded[side])
         if not encoded[side]:
             todo = "see train.max_length and train.over_length"
             raise StageStopped(f"no example of {side} is left to use", todo)

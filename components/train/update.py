@@ -6,6 +6,7 @@ import contextlib
 import math
 import time
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 from components.shared import causal, clock
@@ -67,7 +68,11 @@ def timed_update(
     ranks.seed(config.seed, number)
     began = time.monotonic()
     rate = learning_rate(number, total, config)
-    row = {"step": number + 1, **update(objective, batches, optimizer, rate, config, precision, ranks)}
+    rows = [
+        update(objective, turn, optimizer, rate, config, precision, ranks)
+        for turn in objective.turns(batches, partial(autocast, precision))
+    ]
+    row = {"step": number + 1, **{name: sum(r[name] for r in rows) / len(rows) for name in rows[0]}}
     return row, time.monotonic() - began
 
 
@@ -84,19 +89,13 @@ def update(
 
     Each micro-batch divides its sum by the terms of the whole update, so k micro-batches give the gradient of
     one batch however the terms are spread over them, and over processes. Returns loss (nats),
-    learning_rate and grad_norm (before clipping).
+    learning_rate, grad_norm (before clipping) and the objective's own notes.
     """
     import torch
 
     terms = sum(objective.terms(e) for micro in batches for e in micro)
-    loss = 0.0
-    for micro in dealt(batches, ranks, config):
-        with clock.arithmetic():
-            with autocast(precision):
-                part = objective.summed_loss(micro, config.label_smoothing) / terms
-            part.backward()
-            loss += float(part.detach())
-    loss = ranks.sum(loss)
+    micros, arithmetic = dealt(batches, ranks, config), partial(autocast, precision)
+    loss = ranks.sum(objective.gradient(micros, terms, config.label_smoothing, arithmetic, ranks))
     if not math.isfinite(loss):
         raise TuneyardError(
             f"train: the loss is {loss} at learning rate {rate:.2e} in {precision}",
@@ -110,4 +109,4 @@ def update(
         norm = float(torch.nn.utils.clip_grad_norm_(weights, config.max_grad_norm))
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-    return {"loss": loss, "learning_rate": rate, "grad_norm": norm}
+    return {"loss": loss, "learning_rate": rate, "grad_norm": norm, **objective.notes()}

@@ -12,7 +12,7 @@ from components.train.objectives.base import Objective
 log = logging.getLogger("tuneyard.train")
 
 # What PEFT calls a task decides which head stays whole beside the adapter.
-_PEFT_TASKS = {"causal-lm": "CAUSAL_LM", "classification": "SEQ_CLS"}
+_PEFT_TASKS = {"causal-lm": "CAUSAL_LM", "classification": "SEQ_CLS", "reward": "SEQ_CLS"}
 
 
 def apply_adapter(objective: Objective, config: TrainConfig) -> None:

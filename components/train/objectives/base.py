@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-from components.shared import causal
+from components.shared import causal, clock
 from components.shared.tasks import Task
+from components.train.ranks import Ranks
+
+# Makes the context of a forward pass: the precision to compute in.
+Arithmetic = Callable[[], AbstractContextManager[Any]]
 
 
 class Objective:
@@ -19,12 +24,14 @@ class Objective:
         tokenizer: its tokenizer, with the template.
         task: of the model that comes out.
         labels: class names in logit order; empty where there are none.
+        own_weights: names of weights that the objective itself adds to the model; they move with any adapter.
     """
 
     model: Any
     tokenizer: Any
     task: Task
     labels: Sequence[str] = ()
+    own_weights: tuple[str, ...] = ()
 
     def usable(self, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         """The rows of eval that this objective can judge; what is left out is named in the log."""
@@ -45,6 +52,84 @@ class Objective:
     def summed_loss(self, batch: Sequence[Any], label_smoothing: float) -> Any:
         """Loss in nats, summed over the terms of a micro-batch; differentiable where gradients are on."""
         raise NotImplementedError
+
+    def gradient(
+        self,
+        micros: Sequence[Sequence[Any]],
+        terms: int,
+        label_smoothing: float,
+        arithmetic: Arithmetic,
+        ranks: Ranks,
+    ) -> float:
+        """Add the gradient of an update to the weights. Returns this process's share of the mean loss.
+
+        Args:
+            micros: the micro-batches that this process computes.
+            terms: of the whole update, over all its processes.
+            label_smoothing: 0-1.
+            arithmetic: context of each forward pass.
+            ranks: the processes; their gradients are summed afterwards.
+        """
+        loss = 0.0
+        for micro in micros:
+            with clock.arithmetic():
+                with arithmetic():
+                    part = self.summed_loss(micro, label_smoothing) / terms
+                part.backward()
+                loss += float(part.detach())
+        return loss
+
+    def judged_loss(self, encoded: Sequence[Any], batches: Iterable[Sequence[int]], ranks: Ranks) -> float:
+        """This process's share of the loss, summed over the terms of eval; called without gradients.
+
+        Args:
+            encoded: examples.
+            batches: their indices in batches; each process takes its share.
+            ranks: the processes; their shares are summed afterwards.
+        """
+        return sum(
+            float(self.summed_loss([encoded[i] for i in batch], 0.0)) for batch in ranks.share(list(batches))
+        )
+
+    def account(self, rows: Sequence[Mapping[str, Any]], kept: Sequence[Any]) -> dict[str, int]:
+        """What became of the parts of a side's examples, beyond their tokens; empty where they have none.
+
+        Args:
+            rows: the examples of the side.
+            kept: what of them is used, encoded.
+        """
+        return {}
+
+    def tokens(self, encoded: Any) -> int:
+        """How many tokens the model reads for an example."""
+        return len(encoded)
+
+    def prepare(self, encoded: Sequence[Any], arithmetic: Arithmetic) -> None:
+        """Called once with all examples while the model still is the base, before the adapter is on it."""
+
+    def start(self) -> None:
+        """Called before the first update, with the adapter on the model."""
+
+    def turns(
+        self, batches: Sequence[Sequence[Any]], arithmetic: Arithmetic
+    ) -> Iterable[Sequence[Sequence[Any]]]:
+        """Micro-batches of each optimizer update that a step is made of: one, of the examples as they are."""
+        return [batches]
+
+    def notes(self) -> dict[str, float]:
+        """What the last update says for the history, by name."""
+        return {}
+
+    def judged_notes(self) -> dict[str, float]:
+        """What the last evaluation on eval says for the history, by name."""
+        return {}
+
+    def card_facts(self) -> dict[str, Any]:
+        """Further fields of the model's card."""
+        return {}
+
+    def finish(self) -> None:
+        """Take from the trained model what only training needed."""
 
     def template_probe(self) -> dict[str, Any] | None:
         """What serving must reproduce; None where there is no template."""

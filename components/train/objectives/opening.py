@@ -10,7 +10,15 @@ from components.shared import causal
 from components.train.config import TrainConfig
 from components.train.objectives.base import Objective, choose_attention
 from components.train.objectives.classification import Classification, labels_of
-from components.train.objectives.config import ClassificationObjective, SftObjective
+from components.train.objectives.config import (
+    ClassificationObjective,
+    DpoObjective,
+    RewardObjective,
+    SftObjective,
+)
+from components.train.objectives.dpo import Dpo
+from components.train.objectives.pairs import refuse_without_scores
+from components.train.objectives.reward import Reward
 from components.train.objectives.sft import Sft
 
 
@@ -31,6 +39,12 @@ def open_objective(config: TrainConfig, rows: Sequence[Mapping[str, Any]], folde
             objective = Sft(folder, held_in(config), config.dropout)
         case ClassificationObjective():
             objective = Classification(folder, labels_of(rows), config.dropout)
+        case DpoObjective():
+            refuse_without_scores(rows, config.objective)
+            objective = Dpo(folder, held_in(config), config.objective, config.dropout)
+        case RewardObjective():
+            refuse_without_scores(rows, config.objective)
+            objective = Reward(folder, config.objective, config.dropout)
     choose_attention(objective.model, config.max_length)
     return objective
 
