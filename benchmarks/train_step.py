@@ -81,7 +81,7 @@ def _measure(store: Store, folder: Path, fast: causal.Precision, torch: Any) -> 
     for objective in (quick, exact):
         torch.manual_seed(0)
         apply_adapter(objective, config)
-    choose_attention(quick.model, config.max_length)
+    choose_attention(quick, config.max_length)
     batches = _batches(store, exact)
     gaps = []
     for objective in (quick, exact):

@@ -6,13 +6,14 @@ MFLOP a token), so it is applied only at positions that predict an answer token.
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from components.shared import chat, clock, examples
+from components.shared import chat, clock, examples, packed
 from components.shared.errors import TuneyardError
 from components.shared.loss import token_nats
 from components.shared.modelcard import ModelCard
@@ -173,20 +174,36 @@ def body_and_head(model: Any) -> tuple[Any, Any, float]:
     return inner.base_model, inner.get_output_embeddings(), float(cap or 0)
 
 
-def answer_states(model: Any, batch: Mapping[str, Any]) -> tuple[Any, Any]:
+def answer_states(model: Any, batch: Sequence[Encoded], pad_id: int) -> tuple[Any, Any]:
     """Last hidden states at the positions that predict an answer token.
 
     Args:
-        model: causal model, PEFT or not.
-        batch: tensors of `pad`.
+        model: causal model, PEFT or not; examples are laid end to end where it takes them so (packed.py).
+        batch: examples.
+        pad_id: token that fills up the shorter ones otherwise.
 
     Returns:
         states [answer tokens, width] and their targets [answer tokens], in batch order.
     """
     body, _, _ = body_and_head(model)
-    hidden = body(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)[0]
-    predicts = batch["labels"][:, 1:] != IGNORED
-    return hidden[:, :-1][predicts], batch["labels"][:, 1:][predicts]
+    if packed.used(model):
+        hidden = body(**packed.lay([[*e.prompt, *e.answer] for e in batch], device()), use_cache=False)[0]
+        predicts, targets = _predicting(batch)
+        return hidden[0, predicts], targets
+    tensors = pad(batch, pad_id)
+    labels = tensors.pop("labels")[:, 1:]
+    hidden = body(**tensors, use_cache=False)[0]
+    return hidden[:, :-1][labels != IGNORED], labels[labels != IGNORED]
+
+
+def _predicting(batch: Sequence[Encoded]) -> tuple[Any, Any]:
+    """Places in the laid row whose state predicts an answer token, and those tokens."""
+    import torch
+
+    ends = itertools.accumulate(map(len, batch))
+    places = [at - 1 for end, e in zip(ends, batch, strict=True) for at in range(end - len(e.answer), end)]
+    targets = [token for e in batch for token in e.answer]
+    return torch.tensor(places, device=device()), torch.tensor(targets, device=device())
 
 
 def by_length(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
@@ -221,7 +238,7 @@ def answer_nats(
     _, head, cap = body_and_head(model)
     for indices in by_length([len(e) for e in encoded], batch_tokens):
         with clock.arithmetic(), torch.inference_mode():
-            states, targets = answer_states(model, pad([encoded[i] for i in indices], 0))
+            states, targets = answer_states(model, [encoded[i] for i in indices], 0)
             losses = token_nats(states, head, cap, targets).cpu()
         for index, part in zip(indices, losses.split([len(encoded[i].answer) for i in indices]), strict=True):
             nats[index] = float(part.double().sum())

@@ -40,8 +40,25 @@ def restore_weights(model: Any, weights: Mapping[str, Any]) -> None:
             weight.copy_(weights[name])
 
 
+def random_state() -> dict[str, Any]:
+    """What the next random numbers depend on, by device."""
+    import torch
+
+    state = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
 def save(
-    folder: Path, step: int, model: Any, optimizer: Any, best: Mapping[str, Any], state: Any, keep: int
+    folder: Path,
+    step: int,
+    model: Any,
+    optimizer: Any,
+    best: Mapping[str, Any],
+    state: Any,
+    keep: int,
+    random: Mapping[str, Any],
 ) -> Path:
     """Write the checkpoint of a step and delete the oldest beyond `keep`. Returns its folder.
 
@@ -53,8 +70,8 @@ def save(
         best: weights of the best evaluation so far; may be empty.
         state: JSON value: history, best loss, patience used.
         keep: how many checkpoints stay.
+        random: see `random_state`.
     """
-    import torch
     from safetensors.torch import save_file
 
     aside = folder / f".step-{step}"
@@ -66,10 +83,7 @@ def save(
         for name, weight in weights.items()
         for key, value in optimizer.state[weight].items()
     }
-    random_state = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        random_state["cuda"] = torch.cuda.get_rng_state()
-    parts = {"weights": copy_weights(model), "moments": moments, "random": random_state, "best": dict(best)}
+    parts = {"weights": copy_weights(model), "moments": moments, "random": dict(random), "best": dict(best)}
     for name, tensors in parts.items():
         if tensors:
             save_file(tensors, aside / f"{name}.safetensors")

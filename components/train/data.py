@@ -97,12 +97,16 @@ def total_steps(examples: int, config: TrainConfig) -> int:
     return max(1, math.ceil(examples * config.epochs / per_step))
 
 
-def schedule_batches(lengths: Sequence[int], config: TrainConfig) -> list[list[list[int]]]:
+def schedule_batches(
+    lengths: Sequence[int], config: TrainConfig, packs: bool = False
+) -> list[list[list[int]]]:
     """The micro-batches of every optimizer update, decided before the first: a resume needs only a number.
 
     Args:
         lengths: tokens of each training example.
         config: batch sizes, epochs or max_steps, seed.
+        packs: whether lengths may differ within a micro-batch (objectives/base.py). Then an update takes its
+            examples just as they were shuffled, and its micro-batches have about as many tokens each.
 
     Returns:
         [update][micro-batch] -> indices of examples. In each epoch every example comes up once.
@@ -115,6 +119,11 @@ def schedule_batches(lengths: Sequence[int], config: TrainConfig) -> list[list[l
         order = random.Random(f"{config.seed}/{epoch}")
         indices = list(range(len(lengths)))
         order.shuffle(indices)
+        if packs:
+            cuts = range(0, len(indices), per_step)
+            steps += [_balanced(indices[a : a + per_step], lengths, config) for a in cuts]
+            epoch += 1
+            continue
         groups: list[list[list[int]]] = []
         for start in range(0, len(indices), per_step * _SORTED_STEPS):
             window = sorted(indices[start : start + per_step * _SORTED_STEPS], key=lambda i: lengths[i])
@@ -127,20 +136,39 @@ def schedule_batches(lengths: Sequence[int], config: TrainConfig) -> list[list[l
     return steps[:wanted]
 
 
-def dealt(batches: Sequence[Sequence[Any]], ranks: Ranks, config: TrainConfig) -> list[list[Any]]:
+def _balanced(indices: Sequence[int], lengths: Sequence[int], config: TrainConfig) -> list[list[int]]:
+    """As few micro-batches as hold these examples, alike in tokens: longest first, each to the emptiest."""
+    size = config.per_device_batch_size
+    found: list[list[int]] = [[] for _ in range(math.ceil(len(indices) / size))]
+    tokens = [0] * len(found)
+    for index in sorted(indices, key=lambda i: -lengths[i]):
+        at = min((n for n in range(len(found)) if len(found[n]) < size), key=lambda n: tokens[n])
+        found[at].append(index)
+        tokens[at] += lengths[index]
+    return found
+
+
+def dealt(
+    batches: Sequence[Sequence[Any]], ranks: Ranks, config: TrainConfig, packs: bool = False
+) -> list[list[Any]]:
     """The micro-batches of one update that this process computes; each example is in those of one process.
 
     The update stays what the settings say however many processes there are: a pipeline's result must not
     depend on the machines it ran on. It is its examples that are dealt out.
 
     Args:
-        batches: [micro-batch] -> examples of the update, alike in length.
+        batches: [micro-batch] -> examples of the update.
         ranks: the processes.
         config: per_device_batch_size.
+        packs: see `schedule_batches`.
     """
     if ranks.count == 1:
         return [list(micro) for micro in batches]
-    return _micro_batches(ranks.share([example for micro in batches for example in micro]), config)
+    every = sorted((example for micro in batches for example in micro), key=len)
+    mine = ranks.share(every)
+    if not packs:
+        return _micro_batches(mine, config)
+    return [[mine[i] for i in micro] for micro in _balanced(range(len(mine)), list(map(len, mine)), config)]
 
 
 def _micro_batches(examples: Sequence[Any], config: TrainConfig) -> list[list[Any]]:

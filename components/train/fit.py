@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from components.shared import causal, clock
+from components.shared import causal, clock, interrupts
 from components.shared.errors import TuneyardError
 from components.shared.progress import Progress
 from components.train import checkpoint
@@ -43,6 +43,85 @@ class Fit:
     best_step: int = 0
     stale: int = 0
     stopped_early: bool = False
+
+
+@dataclass
+class Ongoing:
+    """A fit between two updates: all that a checkpoint holds.
+
+    Args:
+        model: with the weights after the last update.
+        optimizer: of them.
+        state: how it went so far; its history has a row for each update.
+        best: weights of the best evaluation.
+        random: random state after the last update.
+        saved: updates in the newest checkpoint.
+        tokens: trained on by this process.
+        seconds: that took.
+    """
+
+    model: Any
+    optimizer: Any
+    state: Fit
+    best: Mapping[str, Any]
+    random: Mapping[str, Any]
+    saved: int
+    tokens: int = 0
+    seconds: float = 0.0
+
+    @property
+    def done(self) -> int:
+        """Updates done."""
+        return len(self.state.history)
+
+    def note(self, row: dict[str, float], tokens: int, seconds: float) -> None:
+        """Take note of an update, together with which this must be done or not at all."""
+        self.tokens += tokens
+        self.seconds += seconds
+        speed = self.tokens / self.seconds
+        self.state.history.append({**row, "time": time.time(), "tokens_per_second": speed})
+        self.random = checkpoint.random_state()
+
+    def due(self, every: int, total: int) -> bool:
+        """Whether the last update is to be followed by an evaluation that has not been yet."""
+        if not self.done or "eval_loss" in self.state.history[-1]:
+            return False
+        return self.done % every == 0 or self.done == total
+
+    def judge(self, config: TrainConfig, loss: float, notes: Mapping[str, float]) -> None:
+        """Take note of an evaluation, and of what it does to best weights and patience."""
+        row, state = self.state.history[-1], self.state
+        if not math.isfinite(loss):
+            raise TuneyardError(
+                f"train: the eval loss is {loss} after step {self.done}",
+                "lower train.learning_rate, or set train.precision: float32",
+            )
+        stopping = config.early_stopping
+        with interrupts.held():
+            row |= {"eval_loss": loss, **notes}
+            improved = loss < state.best_loss - (stopping.min_delta if stopping else 0)
+            state.stale = 0 if improved else state.stale + 1
+            state.stopped_early = bool(stopping and state.stale >= stopping.patience)
+            if loss < state.best_loss:
+                state.best_loss, state.best_step = loss, self.done
+                self.best = checkpoint.copy_weights(self.model)
+        if state.stopped_early:
+            log.info("train: eval loss has not fallen in %d evaluations; stopped early", state.stale)
+
+    def save(self, folder: Path, config: TrainConfig) -> Path:
+        """Write a checkpoint. Returns its folder."""
+        path = checkpoint.save(
+            folder,
+            self.done,
+            self.model,
+            self.optimizer,
+            self.best,
+            asdict(self.state),
+            config.keep_checkpoints,
+            self.random,
+        )
+        self.saved = self.done
+        return path
 
 
 def eval_loss(
@@ -90,30 +169,35 @@ def fit(
     Raises:
         TuneyardError: the loss is not finite.
     """
-    steps = schedule_batches([len(e) for e in train], config)
+    steps = schedule_batches([len(e) for e in train], config, objective.packs)
     judge = partial(eval_loss, objective, evaluation, config, precision, ranks)
-    optimizer, state, best, start = _begin(folder, objective.model, config, judge)
-    update = partial(timed_update, objective, optimizer, len(steps), config, precision, ranks)
+    now = _begin(folder, objective.model, config, judge)
+    update = partial(timed_update, objective, now.optimizer, len(steps), config, precision, ranks, now.note)
     every = config.eval_steps or max(1, math.ceil(len(steps) / 10))
-    tokens, seconds, progress = 0, 0.0, Progress("train", len(steps), "steps", done=start)
-    for number in range(start, len(steps)):
-        batches = [[train[i] for i in micro] for micro in steps[number]]
-        row, took = update(number, batches)
-        tokens += sum(objective.tokens(e) for micro in batches for e in micro)
-        seconds += took
-        row |= {"time": time.time(), "tokens_per_second": tokens / seconds}
-        last = number + 1 == len(steps)
-        if (number + 1) % every == 0 or last:
-            best = _judge(state, row, objective, best, config, judge())
-        state.history.append(row)
-        _show(progress, row, state, ranks)
-        if state.stopped_early:
-            break
-        if (number + 1) % config.checkpoint_steps == 0 and not last and ranks.writes:
-            saved(_save(folder, number + 1, objective.model, optimizer, best, state, config))
-        report(state.history, False)
-    report(state.history, True)
-    return _finish(objective.model, best, state)
+    progress = Progress("train", len(steps), "steps", done=now.done)
+
+    def save() -> None:
+        if ranks.writes and now.done > now.saved:
+            saved(now.save(folder, config))
+
+    try:
+        while True:
+            if now.due(every, len(steps)):
+                now.judge(config, judge(), objective.judged_notes())
+            report(now.state.history, False)
+            if now.done == len(steps) or now.state.stopped_early:
+                break
+            if now.done % config.checkpoint_steps == 0:
+                save()
+            update(now.done, [[train[i] for i in micro] for micro in steps[now.done]])
+            _show(progress, now.state, ranks)
+    except KeyboardInterrupt:
+        # A machine that is taken away says so some seconds before: what was computed is kept.
+        save()
+        log.info("train: interrupted; its %d steps are saved", now.done)
+        raise
+    report(now.state.history, True)
+    return _finish(objective.model, now.best, now.state)
 
 
 def _finish(model: Any, best: Any, state: Fit) -> Fit:
@@ -130,26 +214,17 @@ def _finish(model: Any, best: Any, state: Fit) -> Fit:
     return state
 
 
-def _show(progress: Progress, row: Mapping[str, float], state: Fit, ranks: Ranks) -> None:
+def _show(progress: Progress, state: Fit, ranks: Ranks) -> None:
     if not ranks.writes:
         return
+    row = state.history[-1]
     evaluated = f"{state.best_loss if state.best_step else state.base_loss:.3f}"
     speed = f"{row['tokens_per_second']:.0f} tokens/s"
     progress.advance(loss=f"{row['loss']:.3f}", eval=evaluated, speed=speed)
-    if state.stopped_early:
-        log.info("train: eval loss has not fallen in %d evaluations; stopped early", state.stale)
 
 
-def _save(
-    folder: Path, step: int, model: Any, optimizer: Any, best: Any, state: Fit, config: TrainConfig
-) -> Path:
-    return checkpoint.save(folder, step, model, optimizer, best, asdict(state), config.keep_checkpoints)
-
-
-def _begin(
-    folder: Path, model: Any, config: TrainConfig, judge: Callable[[], float]
-) -> tuple[Any, Fit, Any, int]:
-    """(optimizer, state, best weights, updates done), from the newest whole checkpoint where there is one."""
+def _begin(folder: Path, model: Any, config: TrainConfig, judge: Callable[[], float]) -> Ongoing:
+    """The start, or where the newest whole checkpoint leaves off."""
     import torch
 
     torch.manual_seed(config.seed)
@@ -157,28 +232,8 @@ def _begin(
     model.train()
     found = checkpoint.newest(folder)
     if found is None:
-        return optimizer, Fit(base_loss=judge()), {}, 0
+        return Ongoing(model, optimizer, Fit(base_loss=judge()), {}, checkpoint.random_state(), saved=0)
     best = checkpoint.load(found[0], model, optimizer)
     log.info("train: resuming after step %d", found[1]["step"])
-    return optimizer, Fit(**found[1]["state"]), best, int(found[1]["step"])
-
-
-def _judge(
-    state: Fit, row: dict[str, float], objective: Objective, best: Any, config: TrainConfig, eval_loss: float
-) -> Any:
-    """Note an evaluation, and what it does to best weights and patience. Returns the best weights."""
-    row |= {"eval_loss": eval_loss, **objective.judged_notes()}
-    if not math.isfinite(row["eval_loss"]):
-        raise TuneyardError(
-            f"train: the eval loss is {row['eval_loss']} after step {row['step']}",
-            "lower train.learning_rate, or set train.precision: float32",
-        )
-    stopping = config.early_stopping
-    state.stale = (
-        0 if row["eval_loss"] < state.best_loss - (stopping.min_delta if stopping else 0) else state.stale + 1
-    )
-    state.stopped_early = bool(stopping and state.stale >= stopping.patience)
-    if row["eval_loss"] >= state.best_loss:
-        return best
-    state.best_loss, state.best_step = row["eval_loss"], int(row["step"])
-    return checkpoint.copy_weights(objective.model)
+    state = Fit(**found[1]["state"])
+    return Ongoing(model, optimizer, state, best, checkpoint.random_state(), saved=len(state.history))

@@ -5,11 +5,11 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
-from components.shared import causal, clock
+from components.shared import causal, clock, interrupts
 from components.shared.errors import TuneyardError
 from components.train import checkpoint
 from components.train.config import TrainConfig
@@ -61,52 +61,79 @@ def timed_update(
     config: TrainConfig,
     precision: causal.Precision,
     ranks: Ranks,
+    note: Callable[[dict[str, float], int, float], None],
     number: int,
     batches: Sequence[Sequence[Any]],
-) -> tuple[dict[str, float], float]:
-    """Update `number` (from 0) of `total`: its row of the history, and the seconds it took."""
+) -> None:
+    """Step `number` (from 0) of `total`, and take note of it in the same breath.
+
+    Args:
+        objective: with its model.
+        optimizer: of its weights.
+        total: updates of the run.
+        config: settings.
+        precision: to compute in.
+        ranks: the processes.
+        note: receives the row of the history, the tokens of the update, and its seconds.
+        number: of the update.
+        batches: [micro-batch] -> encoded examples.
+    """
     ranks.seed(config.seed, number)
     began = time.monotonic()
     rate = learning_rate(number, total, config)
-    rows = [
-        update(objective, turn, optimizer, rate, config, precision, ranks)
-        for turn in objective.turns(batches, partial(autocast, precision))
-    ]
-    row = {"step": number + 1, **{name: sum(r[name] for r in rows) / len(rows) for name in rows[0]}}
-    return row, time.monotonic() - began
+    tokens = sum(objective.tokens(e) for micro in batches for e in micro)
+    rows: list[dict[str, float]] = []
+    with contextlib.ExitStack() as whole:
+        for turn in objective.turns(batches, partial(autocast, precision)):
+            rows.append(gradients(objective, turn, config, precision, ranks))
+            if len(rows) == 1:
+                whole.enter_context(interrupts.held())
+            step(optimizer, rate)
+        means = {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]}
+        note({"step": number + 1, "learning_rate": rate, **means}, tokens, time.monotonic() - began)
 
 
-def update(
+def gradients(
     objective: Objective,
     batches: Sequence[Sequence[Any]],
-    optimizer: Any,
-    rate: float,
     config: TrainConfig,
     precision: causal.Precision,
     ranks: Ranks = ALONE,
 ) -> dict[str, float]:
-    """One optimizer update; the loss is the mean over all terms of all its micro-batches.
+    """The gradient of one update, clipped; the loss is the mean over all terms of all its micro-batches.
 
     Each micro-batch divides its sum by the terms of the whole update, so k micro-batches give the gradient of
-    one batch however the terms are spread over them, and over processes. Returns loss (nats),
-    learning_rate, grad_norm (before clipping) and the objective's own notes.
+    one batch however the terms are spread over them, and over processes.
+
+    Returns:
+        loss (nats), grad_norm (before clipping) and the objective's own notes.
+
+    Raises:
+        TuneyardError: the loss is not finite.
     """
     import torch
 
     terms = sum(objective.terms(e) for micro in batches for e in micro)
-    micros, arithmetic = dealt(batches, ranks, config), partial(autocast, precision)
+    for weight in checkpoint.trainable(objective.model).values():
+        weight.grad = None  # of an update that was interrupted
+    micros, arithmetic = dealt(batches, ranks, config, objective.packs), partial(autocast, precision)
     loss = ranks.sum(objective.gradient(micros, terms, config.label_smoothing, arithmetic, ranks))
     if not math.isfinite(loss):
         raise TuneyardError(
-            f"train: the loss is {loss} at learning rate {rate:.2e} in {precision}",
+            f"train: the loss is {loss} in {precision}",
             "lower train.learning_rate, or set train.precision: float32",
         )
     weights = list(checkpoint.trainable(objective.model).values())
     ranks.add_gradients(weights)
+    with clock.arithmetic():
+        norm = float(torch.nn.utils.clip_grad_norm_(weights, config.max_grad_norm))
+    return {"loss": loss, "grad_norm": norm, **objective.notes()}
+
+
+def step(optimizer: Any, rate: float) -> None:
+    """Move the weights by their gradients at a learning rate."""
     for group in optimizer.param_groups:
         group["lr"] = rate
     with clock.arithmetic():
-        norm = float(torch.nn.utils.clip_grad_norm_(weights, config.max_grad_norm))
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-    return {"loss": loss, "learning_rate": rate, "grad_norm": norm, **objective.notes()}

@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-from components.shared import causal, clock
+from components.shared import causal, clock, packed
 from components.shared.tasks import Task
 from components.train.ranks import Ranks
 
@@ -32,6 +32,11 @@ class Objective:
     task: Task
     labels: Sequence[str] = ()
     own_weights: tuple[str, ...] = ()
+
+    @property
+    def packs(self) -> bool:
+        """Whether the examples of a micro-batch are laid end to end, so that their lengths may differ."""
+        return packed.used(self.model)
 
     def usable(self, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         """The rows of eval that this objective can judge; what is left out is named in the log."""
@@ -155,7 +160,11 @@ def base_settings(folder: Path, dropout: float | None) -> Any:
     return settings
 
 
-def choose_attention(model: Any, max_length: int) -> None:
+def choose_attention(objective: Objective, max_length: int) -> None:
     """Switch a model to the attention that trains fastest at this length on this device."""
-    if causal.device().type == "cpu" and max_length <= _PLAIN_ATTENTION_TOKENS:
-        model.set_attn_implementation("eager")
+    if causal.device().type != "cpu":
+        return
+    if objective.task == "causal-lm" and packed.possible(objective.model):
+        packed.use(objective.model)
+    elif max_length <= _PLAIN_ATTENTION_TOKENS:
+        objective.model.set_attn_implementation("eager")

@@ -85,7 +85,7 @@ class Dpo(Noting):
 
         sequences = [sequence for pair in batch for sequence in pair.sequences]
         _, head, cap = causal.body_and_head(self.model)
-        states, targets = causal.answer_states(self.model, causal.pad(sequences, self.tokenizer.pad_token_id))
+        states, targets = causal.answer_states(self.model, sequences, self.tokenizer.pad_token_id)
         nats = token_cross_entropy(states, head, cap, targets)
         return -torch.stack([part.sum() for part in nats.split([len(s.answer) for s in sequences])])
 

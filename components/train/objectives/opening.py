@@ -45,7 +45,7 @@ def open_objective(config: TrainConfig, rows: Sequence[Mapping[str, Any]], folde
         case RewardObjective():
             refuse_without_scores(rows, config.objective)
             objective = Reward(folder, config.objective, config.dropout)
-    choose_attention(objective.model, config.max_length)
+    choose_attention(objective, config.max_length)
     return objective
 
 

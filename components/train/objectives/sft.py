@@ -40,7 +40,7 @@ class Sft(Objective):
     def summed_loss(self, batch: Sequence[Encoded], label_smoothing: float) -> Any:
         """See Objective."""
         _, head, cap = causal.body_and_head(self.model)
-        states, targets = causal.answer_states(self.model, causal.pad(batch, self.tokenizer.pad_token_id))
+        states, targets = causal.answer_states(self.model, batch, self.tokenizer.pad_token_id)
         return summed_cross_entropy(states, head, cap, targets, label_smoothing)
 
     def template_probe(self) -> dict[str, Any] | None:

@@ -129,7 +129,7 @@ def _tune(model, encoded, steps: int) -> None:
 
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     for _ in range(steps):
-        states, targets = causal.answer_states(model, causal.pad(encoded, 0))
+        states, targets = causal.answer_states(model, encoded, 0)
         loss = torch.nn.functional.cross_entropy(model.lm_head(states), targets)
         optimizer.zero_grad()
         loss.backward()

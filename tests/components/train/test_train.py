@@ -20,7 +20,8 @@ from components.train.fit import fit
 from components.train.objectives.base import Objective, choose_attention
 from components.train.objectives.classification import Classification
 from components.train.objectives.sft import Sft
-from components.train.update import learning_rate, make_optimizer, update
+from components.train.update import gradients as compute
+from components.train.update import learning_rate
 
 ORIGIN = {"file": "corpus.jsonl", "line": 7, "part": "main"}
 
@@ -82,10 +83,7 @@ def test_accumulated_micro_batches_give_the_gradient_of_one_batch(tiny_causal, s
         apply_adapter(sft, config)
         encoded = [sft.encode(row) for row in examples(6)]
         rest = iter(encoded)
-        optimizer = make_optimizer(sft.model, config)
-        optimizer.step = lambda: None
-        optimizer.zero_grad = lambda **_: None
-        update(sft, [[next(rest) for _ in range(size)] for size in split], optimizer, 0.0, config, "float32")
+        compute(sft, [[next(rest) for _ in range(size)] for size in split], config, "float32")
         gradients.append({n: p.grad.clone() for n, p in sft.model.named_parameters() if p.grad is not None})
     for name, gradient in gradients[0].items():
         # The same sums in another order and padding: float32 rounding only.
@@ -153,7 +151,11 @@ def test_learning_rate_warms_up_and_falls_to_its_floor():
     assert 1e-5 <= rates[-1] < 2e-5
 
 
-def _trained(tiny_causal, folder, config, crash_after=None, monkeypatch=None):
+class Killed(BaseException):
+    """Ends a fit as SIGKILL does: nothing is done about it."""
+
+
+def _trained(tiny_causal, folder, config, crash_after=None, how=Killed):
     sft = Sft(tiny_causal, "float32")
     torch.manual_seed(config.seed)
     apply_adapter(sft, config)
@@ -165,7 +167,7 @@ def _trained(tiny_causal, folder, config, crash_after=None, monkeypatch=None):
         def counted(batch, smoothing):
             calls["n"] += sft.model.training
             if calls["n"] > crash_after:
-                raise KeyboardInterrupt
+                raise how
             return original(batch, smoothing)
 
         sft.summed_loss = counted
@@ -173,14 +175,19 @@ def _trained(tiny_causal, folder, config, crash_after=None, monkeypatch=None):
     return checkpoint.copy_weights(sft.model), state
 
 
+@pytest.mark.parametrize("how", [Killed, KeyboardInterrupt])
 @pytest.mark.parametrize("crash_after", [3, 7, 12])
-def test_a_resumed_run_ends_with_the_very_weights_of_an_uninterrupted_one(tiny_causal, tmp_path, crash_after):
+def test_a_resumed_run_ends_with_the_very_weights_of_an_uninterrupted_one(
+    tiny_causal, tmp_path, crash_after, how
+):
     config = settings_for(
         epochs=3, per_device_batch_size=4, checkpoint_steps=3, eval_steps=5, learning_rate=1e-3
     )
     whole, state = _trained(tiny_causal, tmp_path / "whole", config)
-    with pytest.raises(KeyboardInterrupt):
-        _trained(tiny_causal, tmp_path / "cut", config, crash_after)
+    with pytest.raises(how):
+        _trained(tiny_causal, tmp_path / "cut", config, crash_after, how)
+    if how is KeyboardInterrupt:
+        assert (tmp_path / "cut" / f"step-{crash_after}").exists()
     resumed, again = _trained(tiny_causal, tmp_path / "cut", config)
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
     assert [row["loss"] for row in again.history] == [row["loss"] for row in state.history]
@@ -190,7 +197,7 @@ def test_a_resumed_run_ends_with_the_very_weights_of_an_uninterrupted_one(tiny_c
 
 def test_a_damaged_checkpoint_is_passed_over(tiny_causal, tmp_path, caplog):
     config = settings_for(epochs=3, per_device_batch_size=4, checkpoint_steps=3, learning_rate=1e-3)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(Killed):
         _trained(tiny_causal, tmp_path, config, 10)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["step-3", "step-6", "step-9"]
     weights = tmp_path / "step-9" / "weights.safetensors"
@@ -217,13 +224,16 @@ def test_the_base_stays_as_it_was_under_lora(tiny_causal, tmp_path):
 
 
 def test_a_loss_that_is_not_finite_stops_with_what_to_do():
-    broken = Objective()
+    class Broken(Objective):
+        packs = False
+
+    broken = Broken()
     broken.model = torch.nn.Linear(1, 1)
     broken.terms = lambda e: 1
     broken.summed_loss = lambda b, s: torch.tensor(math.nan, requires_grad=True)
     config = settings_for()
-    with pytest.raises(TuneyardError, match="nan at learning rate"):
-        update(broken, [[1]], make_optimizer(broken.model, config), 1e-3, config, "float32")
+    with pytest.raises(TuneyardError, match="the loss is nan in float32"):
+        compute(broken, [[1]], config, "float32")
 
 
 @pytest.mark.parametrize("dropout", [None, 0.0, 0.3])
@@ -254,12 +264,12 @@ def test_plain_attention_gives_the_gradient_of_fused_attention(sft):
         torch.testing.assert_close(plain, fused, rtol=1e-3, atol=1e-4)  # float32 in another order
 
 
-def test_a_long_run_keeps_the_attention_whose_memory_is_linear(sft):
-    before = sft.model.config._attn_implementation
-    choose_attention(sft.model, 8192)
-    assert sft.model.config._attn_implementation == before == "sdpa"
-    choose_attention(sft.model, 512)
-    assert sft.model.config._attn_implementation == "eager"
+def test_a_long_run_of_an_encoder_keeps_the_attention_whose_memory_is_linear(tiny_encoder):
+    objective = Classification(tiny_encoder, ["a", "b"])
+    choose_attention(objective, 8192)
+    assert objective.model.config._attn_implementation == "sdpa" and not objective.packs
+    choose_attention(objective, 512)
+    assert objective.model.config._attn_implementation == "eager"
 
 
 def test_classification_cuts_as_the_tokenizer_does(tiny_encoder):
