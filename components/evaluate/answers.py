@@ -10,10 +10,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from components.evaluate import citations, generation, intervals, resources, text_metrics
+from components.evaluate import citations, intervals, resources, text_metrics
 from components.evaluate.config import EvaluateConfig
 from components.evaluate.findings import Findings
-from components.shared import causal, chat, examples
+from components.shared import causal, chat, examples, generation
 from components.shared.causal import Encoded, Precision
 from components.shared.errors import TuneyardError
 from components.shared.modelcard import ModelCard

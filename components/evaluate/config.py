@@ -8,22 +8,36 @@ from pydantic import Field, model_validator
 
 from components.shared.settings import Settings
 
-# What a gate may be set on, by the task of a model (ModelCard.task).
+_OF_ANSWERS = (
+    "loss",
+    "loss_reduction",
+    "perplexity",
+    "exact_match",
+    "rouge_l",
+    "rouge_l_gain",
+    "bleu",
+    "statute_citation_accuracy",
+    "latency_p50_ms",
+    "latency_p95_ms",
+    "tokens_per_second",
+    "memory_gib",
+)
+# What a gate may be set on, by the task of a model (ModelCard.task); where that does not decide, also by the
+# dataset type that judges it: see `metrics_of`.
 METRICS: dict[str, tuple[str, ...]] = {
-    "causal-lm": (
-        "loss",
-        "loss_reduction",
-        "perplexity",
-        "exact_match",
-        "rouge_l",
-        "rouge_l_gain",
-        "bleu",
-        "statute_citation_accuracy",
+    "causal-lm": _OF_ANSWERS,
+    "causal-lm by preference": (*_OF_ANSWERS, "pair_accuracy", "pair_margin_nats"),
+    "causal-lm by prompt-only": (
+        "reward",
+        "reward_gain",
+        "win_rate",
+        "kl_nats",
         "latency_p50_ms",
         "latency_p95_ms",
         "tokens_per_second",
         "memory_gib",
     ),
+    "reward": ("pair_accuracy", "pair_margin_nats", "texts_per_second", "memory_gib"),
     "classification": (
         "accuracy",
         "macro_f1",
@@ -37,6 +51,11 @@ METRICS: dict[str, tuple[str, ...]] = {
         "size_ratio",
     ),
 }
+
+
+def metrics_of(task: str, dataset_type: str) -> tuple[str, ...]:
+    """The metrics of a model of a task that examples of a dataset type judge."""
+    return METRICS.get(f"{task} by {dataset_type}", METRICS[task])
 
 
 class Bound(Settings):

@@ -5,19 +5,24 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from components.evaluate import answers, classes, gates, page
+from components.evaluate import answers, classes, gates, page, pairs, reward_gain
 from components.evaluate.config import EvaluateConfig
 from components.evaluate.findings import Findings, flat, numbers
-from components.shared import jsonl
+from components.shared import examples, jsonl
 from components.shared.errors import TuneyardError
 from components.shared.modelcard import ModelCard
 from components.shared.stage import Artifact, Context, Result
 
 log = logging.getLogger("tuneyard.evaluate")
+
+Judge = Callable[
+    [EvaluateConfig, Sequence[Mapping[str, Any]], Mapping[str, Artifact], Context],
+    Findings,
+]
 _SHOWN_LEAKS = 5
 
 
@@ -38,10 +43,10 @@ def evaluate(config: EvaluateConfig, inputs: Mapping[str, Artifact], context: Co
             or the text metrics do not hold for the corpus.
     """
     card = ModelCard.read(inputs["model"].path)
-    gates.refuse_unknown(config.gates, card.task)
     tests = read_tests(inputs["test"].path / "examples.jsonl", inputs["train"].path / "examples.jsonl")
-    judge = answers.judge if card.task == "causal-lm" else classes.judge
-    findings = judge(config, tests, inputs, context)
+    kind = examples.kind(tests[0])
+    gates.refuse_unknown(config.gates, card.task, kind)
+    findings = _judge_of(card.task, kind)(config, tests, inputs, context)
     verdict = gates.verdict(config.gates, findings.ships, findings.systems[findings.ships])
     document = {
         "task": card.task,
@@ -68,6 +73,21 @@ def evaluate(config: EvaluateConfig, inputs: Mapping[str, Artifact], context: Co
         stop=gates.stop_line(verdict),
         stop_todo="see page.html of the evaluation; train better, or change evaluate.gates on purpose",
     )
+
+
+def _judge_of(task: str, dataset_type: str) -> Judge:
+    """What judges a model of a task by examples of a dataset type."""
+    match task, dataset_type:
+        case "causal-lm", "preference":
+            return pairs.judge
+        case "causal-lm", "prompt-only":
+            return reward_gain.judge
+        case "causal-lm", _:
+            return answers.judge
+        case "reward", _:
+            return pairs.judge_rewards
+        case _:
+            return classes.judge
 
 
 def read_tests(test: Path, train: Path) -> list[dict[str, Any]]:

@@ -23,6 +23,12 @@ _METRICS: dict[str, tuple[str, str, int]] = {
     "bleu": ("BLEU", "{:.3f}", 1),
     "exact_match": ("Exact match", "{:.1%}", 1),
     "statute_citation_accuracy": ("Statute cited as in the reference", "{:.1%}", 1),
+    "pair_accuracy": ("Chosen answer above the rejected one", "{:.1%}", 1),
+    "pair_margin_nats": ("Chosen above rejected, nats", "{:+.3f}", 1),
+    "reward": ("Reward of the answers", "{:.3f}", 1),
+    "reward_gain": ("Reward above the base's", "{:+.3f}", 1),
+    "win_rate": ("Answers with a higher reward than the base's", "{:.1%}", 1),
+    "kl_nats": ("Distance from the base, nats an answer", "{:.2f}", -1),
     "accuracy": ("Accuracy", "{:.2%}", 1),
     "macro_f1": ("Macro F1", "{:.3f}", 1),
     "auc": ("AUC, one against the rest", "{:.4f}", 1),
@@ -36,7 +42,7 @@ _METRICS: dict[str, tuple[str, str, int]] = {
     "texts_per_second": ("Texts per second", "{:,.0f}", 1),
     "memory_gib": ("Peak memory, GiB", "{:.2f}", -1),
 }
-_ORDER = ("base", "tuned", "compressed", "tfidf_logreg")
+_ORDER = ("base", "tuned", "compressed", "tfidf_logreg", "likelier", "longer")
 
 
 def render(document: Mapping[str, Any], findings: Findings) -> str:
@@ -57,7 +63,7 @@ def render(document: Mapping[str, Any], findings: Findings) -> str:
     )
     names = [name for name in _ORDER if name in findings.systems]
     shipped = findings.systems[findings.ships]
-    wrong = [row for row in findings.answers if row.get(findings.ships) != row["reference"]]
+    wrong = [row for row in findings.answers if row.get(findings.ships) != row.get("reference")]
     is_causal = document["task"] == "causal-lm"
     return environment.get_template(_TEMPLATE).render(
         document=document,

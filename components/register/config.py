@@ -22,6 +22,11 @@ BETTER: dict[str, Literal["lower", "higher"]] = {
     "accuracy": "higher",
     "macro_f1": "higher",
     "auc": "higher",
+    "pair_accuracy": "higher",
+    "pair_margin_nats": "higher",
+    "reward": "higher",
+    "reward_gain": "higher",
+    "win_rate": "higher",
 }
 
 
@@ -31,7 +36,8 @@ class RegisterConfig(Settings):
     Args:
         name: of the registered model; the pipeline's own name when absent.
         compare_by: metric that a new model must not be worse in to become champion; None: `loss` for causal
-            models, `accuracy` for classifiers.
+            models, `accuracy` for classifiers, `pair_accuracy` where preferences judge, `reward`
+            where a reward model does.
     """
 
     name: str | None = Field(None, pattern=f"^{MODEL_NAME}$")

@@ -59,6 +59,12 @@ def content(example: Mapping[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in example.items() if k not in ("id", "origin", "extra", "original")}
 
 
+def kind(example: Mapping[str, Any]) -> str:
+    """The dataset type of an example, by its fields: of those whose fields it has, the one with the most."""
+    fitting = [name for name, needed in REQUIRED.items() if set(needed) <= example.keys()]
+    return max(fitting, key=lambda name: len(REQUIRED[name]))
+
+
 def messages(example: Mapping[str, Any]) -> list[dict[str, str]]:
     """An example as chat messages; the last one is the assistant's: of a preference, the chosen answer."""
     if "messages" in example:

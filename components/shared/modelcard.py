@@ -54,6 +54,7 @@ class ModelCard(BaseModel):
         layout: `transformers` (a whole model in safetensors), `peft` (an adapter beside a base) or `onnx`
             (model.onnx, int8, with the tokenizer files).
         base_model: what it was tuned from.
+        reward_model: what judged its answers in training; None for none.
         labels: class names in logit order; empty for causal models.
         max_length_tokens: longer inputs are cut (and counted) before the model sees them.
         template_probe: chat.probe of the tokenizer; None for classification.
@@ -66,6 +67,7 @@ class ModelCard(BaseModel):
     task: Task
     layout: Literal["transformers", "peft", "onnx"]
     base_model: BaseModelRef
+    reward_model: BaseModelRef | None = None
     labels: list[str] = []
     max_length_tokens: int
     template_probe: dict[str, Any] | None = None

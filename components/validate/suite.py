@@ -6,21 +6,15 @@ corpus may be like that on purpose, and its owner should know.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING
 
 from components.shared import examples
-from components.validate import columns
+from components.validate import columns, preferences
+from components.validate.expectation import MOSTLY, PLACEHOLDERS, Expectation, uncut
 
 if TYPE_CHECKING:
     import pandas as pd
 
-Severity = Literal["fail", "warn"]
-
-# Prose written by people has slips; 1% of rows is also what the quarantine budget forgives. A slip is still
-# listed with its file and line. Where one row breaks training or its meaning, nothing is forgiven.
-MOSTLY = 0.99
 # A test side of 15% holds one example of ten; below that no number of evaluate means anything.
 MIN_ROWS = 10
 # Longer than any answer or ruling: a lost quotation mark has swallowed the rest of a CSV file.
@@ -41,43 +35,7 @@ DAMAGED = (
     "|\u00c3[\u0080-\u00bf]|\u00ef\u00bb\u00bf"
 )
 READABLE = r"[^\W_]"
-# Whole values that stand for "nobody filled this in", and the refusals of a chat bot that wrote the corpus.
-# A plain "none" or "无" is not here: it is the right answer of many extraction tasks.
-PLACEHOLDERS = (
-    r"(?i)^\W*(?:todo|tbd|fixme|xxx+|null|nan|undefined|object object|n/?a|placeholder|lorem ipsum.*)\W*$",
-    r"^\W*(?:略|暂无|待定|待补充|待填写|待完善|占位符?|此处填写.*)\W*$",
-    r"(?i)\bas an ai (?:language )?(?:model|assistant)\b",
-    r"作为(?:一个|一名)?\s?(?:AI|人工智能)\s?(?:语言)?(?:模型|助手)",
-)
 ROLES = r"^(?:system )?(?:user assistant )*user assistant$"
-
-
-@dataclass(frozen=True)
-class Expectation:
-    """One expectation and how to tell of it.
-
-    Args:
-        type: name in Great Expectations.
-        kwargs: its arguments.
-        meaning: what it expects, in a sentence.
-        severity: what a failure does.
-        show: columns to show of an example row; those it is about when empty.
-        together: example rows with the same value in this column are shown side by side.
-        source: `suite`, or `settings` for one of the pipeline file.
-    """
-
-    type: str
-    kwargs: Mapping[str, Any]
-    meaning: str
-    severity: Severity = "fail"
-    show: tuple[str, ...] = ()
-    together: str = ""
-    source: Literal["suite", "settings"] = "suite"
-    about: tuple[str, ...] = field(init=False)
-
-    def __post_init__(self) -> None:
-        names = (self.kwargs.get(key) for key in ("column", "column_A", "column_B"))
-        object.__setattr__(self, "about", (*(n for n in names if n), *self.kwargs.get("column_list", ())))
 
 
 def of(dataset_type: str, table: pd.DataFrame) -> list[Expectation]:
@@ -103,6 +61,10 @@ def of(dataset_type: str, table: pd.DataFrame) -> list[Expectation]:
             found += _answers()
         case "conversational":
             found += _answers() + _turns()
+        case "preference":
+            found += preferences.of_pairs()
+        case "prompt-only":
+            found += preferences.of_prompts()
     return [*found, _repeated(dataset_type)]
 
 
@@ -131,15 +93,6 @@ def _undamaged(name: str) -> Expectation:
         "expect_column_values_to_not_match_regex",
         {"column": name, "regex": DAMAGED, "mostly": MOSTLY},
         f"no {name} was damaged by a wrong encoding (U+FFFD and the like)",
-    )
-
-
-def _uncut(name: str, text: str) -> Expectation:
-    return Expectation(
-        "expect_column_values_to_be_in_set",
-        {"column": name, "value_set": [False]},
-        f"no pile of {text}s ends at exactly the longest length of its file, as where an export cuts them",
-        show=(text,),
     )
 
 
@@ -183,7 +136,7 @@ def _answers() -> list[Expectation]:
             severity="warn",
             show=("completion",),
         ),
-        _uncut("completion_at_limit", "completion"),
+        uncut("completion_at_limit", "completion"),
     ]
 
 
@@ -243,7 +196,7 @@ def _labels(rows: int) -> list[Expectation]:
             f"the largest label has at most {MAX_IMBALANCE} times the examples of the smallest",
             severity="warn",
         ),
-        _uncut("text_at_limit", "text"),
+        uncut("text_at_limit", "text"),
     ]
 
 

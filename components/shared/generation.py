@@ -1,4 +1,4 @@
-"""Greedy answers in batches: what the model would say, token for token, to prompts of any length."""
+"""Answers in batches: what a model says, token for token, to prompts of any length."""
 
 from __future__ import annotations
 
@@ -32,8 +32,9 @@ def generate(
     max_new_tokens: int,
     per_device_batch_size: int,
     done: Callable[[int], None] = lambda count: None,
+    temperature: float = 0.0,
 ) -> list[Answer]:
-    """Answer each prompt greedily, in batches of similar length.
+    """Answer each prompt, in batches of similar length.
 
     Args:
         model: causal model in eval mode, PEFT or not.
@@ -42,6 +43,8 @@ def generate(
         max_new_tokens: longest answer.
         per_device_batch_size: prompts in one forward pass.
         done: called with 1 for each finished answer.
+        temperature: 0 takes the likeliest token; else tokens are drawn, with PyTorch's random state, from the
+            softmax of the logits over this.
 
     Returns:
         One answer for each prompt, in their order. Without rounding differences between batch shapes they
@@ -51,7 +54,8 @@ def generate(
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
     for start in range(0, len(order), per_device_batch_size):
         batch = order[start : start + per_device_batch_size]
-        found = _answer_batch(model, [prompts[index] for index in batch], end_ids, max_new_tokens, done)
+        asked = [prompts[index] for index in batch]
+        found = _answer_batch(model, asked, end_ids, max_new_tokens, done, temperature)
         answers.update(zip(batch, found, strict=True))
     return [answers[index] for index in range(len(prompts))]
 
@@ -67,15 +71,21 @@ def _left_padded(prompts: Sequence[Sequence[int]], device: Any) -> tuple[Any, An
     return ids, mask
 
 
-def _choose(model: Any, ids: Any, mask: Any, cache: Any) -> list[int]:
-    """The likeliest next token of each row, after reading `ids` [rows, new tokens] on top of the cache."""
+def _choose(model: Any, ids: Any, mask: Any, cache: Any, temperature: float) -> list[int]:
+    """The next token of each row, after reading `ids` [rows, new tokens] on top of the cache."""
+    import torch
+
     # Not model(logits_to_keep=1): that projects a strided slice, and with frozen weights (any PEFT model)
     # PyTorch then copies the vocabulary matrix once for each row: 5 GiB at 16 rows of Gemma 3 270M.
-    body, head, _ = causal.body_and_head(model)
+    body, head, cap = causal.body_and_head(model)
     positions = (mask.cumsum(dim=1) - 1).clamp(min=0)[:, -ids.shape[1] :]
     hidden = body(
         input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
     )[0]
+    if temperature:
+        logits = head(hidden[:, -1].contiguous()).float()
+        logits = torch.tanh(logits / cap) * cap if cap else logits
+        return torch.multinomial((logits / temperature).softmax(-1), 1)[:, 0].tolist()
     # A soft cap would not change which logit is largest. argmax of bfloat16 takes four times as long as max.
     return head(hidden[:, -1].contiguous()).max(dim=-1).indices.tolist()
 
@@ -86,6 +96,7 @@ def _answer_batch(
     end_ids: Container[int],
     max_new_tokens: int,
     done: Callable[[int], None],
+    temperature: float,
 ) -> list[Answer]:
     import torch
     from transformers import DynamicCache
@@ -98,7 +109,7 @@ def _answer_batch(
     live = list(range(len(prompts)))  # row of the batch now -> prompt
     with clock.arithmetic(), torch.inference_mode():
         while live:
-            chosen = _choose(model, ids, mask, cache)
+            chosen = _choose(model, ids, mask, cache, temperature)
             keep = []
             for row, (prompt, token) in enumerate(zip(live, chosen, strict=True)):
                 ended = token in end_ids

@@ -1,0 +1,59 @@
+"""An expectation as the suites write it down, and what several of them share."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+Severity = Literal["fail", "warn"]
+
+# Prose written by people has slips; 1% of rows is also what the quarantine budget forgives. A slip is still
+# listed with its file and line. Where one row breaks training or its meaning, nothing is forgiven.
+MOSTLY = 0.99
+# Whole values that stand for "nobody filled this in", and the refusals of a chat bot that wrote the corpus.
+# A plain "none" or "无" is not here: it is the right answer of many extraction tasks.
+PLACEHOLDERS = (
+    r"(?i)^\W*(?:todo|tbd|fixme|xxx+|null|nan|undefined|object object|n/?a|placeholder|lorem ipsum.*)\W*$",
+    r"^\W*(?:略|暂无|待定|待补充|待填写|待完善|占位符?|此处填写.*)\W*$",
+    r"(?i)\bas an ai (?:language )?(?:model|assistant)\b",
+    r"作为(?:一个|一名)?\s?(?:AI|人工智能)\s?(?:语言)?(?:模型|助手)",
+)
+
+
+@dataclass(frozen=True)
+class Expectation:
+    """One expectation and how to tell of it.
+
+    Args:
+        type: name in Great Expectations.
+        kwargs: its arguments.
+        meaning: what it expects, in a sentence.
+        severity: what a failure does.
+        show: columns to show of an example row; those it is about when empty.
+        together: example rows with the same value in this column are shown side by side.
+        source: `suite`, or `settings` for one of the pipeline file.
+    """
+
+    type: str
+    kwargs: Mapping[str, Any]
+    meaning: str
+    severity: Severity = "fail"
+    show: tuple[str, ...] = ()
+    together: str = ""
+    source: Literal["suite", "settings"] = "suite"
+    about: tuple[str, ...] = field(init=False)
+
+    def __post_init__(self) -> None:
+        names = (self.kwargs.get(key) for key in ("column", "column_A", "column_B"))
+        object.__setattr__(self, "about", (*(n for n in names if n), *self.kwargs.get("column_list", ())))
+
+
+def uncut(name: str, text: str) -> Expectation:
+    """An expectation on the measure `name`, which says of each row whether its text may have been cut."""
+    return Expectation(
+        "expect_column_values_to_be_in_set",
+        {"column": name, "value_set": [False]},
+        f"no pile of {text}s ends at exactly the longest length of its file, as where an export cuts them",
+        show=(text,),
+    )
