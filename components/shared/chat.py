@@ -8,6 +8,7 @@ token ids of a probe are stored with the model (`probe`) and reproduced before i
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from components.shared.errors import TuneyardError
@@ -46,6 +47,26 @@ def answer_ids(tokenizer: Any, answer: str) -> list[int]:
     after `prompt_ids`, whatever a tokenizer would merge across the border.
     """
     return [*tokenizer(answer, add_special_tokens=False)["input_ids"], end_id(tokenizer)]
+
+
+def fault(tokenizer: Any, messages: Sequence[Mapping[str, str]]) -> str:
+    """How a rendered conversation differs from its prompt followed by the very answer; '' where it does not.
+
+    A template may trim an answer, drop part of it, or open the assistant's turn in one way when it asks for
+    an answer and in another when it is given one; then what is trained is not what is served.
+    """
+    render = partial(tokenizer.apply_chat_template, tokenize=False)
+    answer = messages[-1]["content"]
+    whole = render(list(messages))
+    prompt = render(list(messages[:-1]), add_generation_prompt=True)
+    if whole.startswith(prompt + answer):
+        return ""
+    wanted = prompt + answer
+    at = next((i for i, (a, b) in enumerate(zip(whole, wanted, strict=False)) if a != b), len(whole))
+    return (
+        f"the chat template writes {whole[at : at + 20]!r} where prompt and answer have "
+        f"{wanted[at : at + 20]!r} (character {at})"
+    )
 
 
 def end_id(tokenizer: Any) -> int:

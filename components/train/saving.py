@@ -67,9 +67,23 @@ def save(objective: Objective, config: TrainConfig, card: ModelCard, folder: Pat
 
 
 def describe(
-    result: Fit, ledgers: Mapping[str, Ledger], card: ModelCard, context: Context, run_id: str
+    result: Fit,
+    ledgers: Mapping[str, Ledger],
+    card: ModelCard,
+    context: Context,
+    run_id: str,
+    checked: Mapping[str, float],
 ) -> Result:
-    """Write the ledger and the page, and say what the stage says of itself."""
+    """Write the ledger and the page, and say what the stage says of itself.
+
+    Args:
+        result: of the fit.
+        ledgers: side -> what became of its examples.
+        card: of the model.
+        context: where.
+        run_id: of the MLflow run.
+        checked: what the self-check measured.
+    """
     ledger = context.out / "ledger"
     for side, kept in ledgers.items():
         jsonl.write(ledger / f"{side}.jsonl", kept.rows)
@@ -88,6 +102,7 @@ def describe(
         **{side: kept.parts for side, kept in ledgers.items() if kept.parts},
         "trainable_weights": card.trainable_weights,
         "total_weights": card.total_weights,
+        "self_check": dict(checked),
         "mlflow_run": run_id,
     }
     return Result(

@@ -15,7 +15,7 @@ from components.shared import causal, jsonl, sources, tracking
 from components.shared.errors import StageStopped
 from components.shared.modelcard import BaseModelRef
 from components.shared.stage import Artifact, Context, Result
-from components.train import checkpoint, job, keeping, saving
+from components.train import checkpoint, job, keeping, saving, selfcheck
 from components.train.adapters.applying import apply_adapter, weight_counts
 from components.train.config import TrainConfig
 from components.train.data import Ledger, fit_lengths
@@ -168,6 +168,8 @@ def train_here(
         fingerprint=sources.fingerprint(config.base_model, context.store, "model", config.revision),
         revision=config.revision,
     )
+    objective.start()
+    checked = selfcheck.check(objective, encoded["train"], rows["train"], precision)
     facts = {"trainable_weights": moving, "total_weights": total, "base_fingerprint": base.fingerprint}
     run_id = ""
     if ranks.writes:
@@ -175,14 +177,13 @@ def train_here(
     context.work.mkdir(parents=True, exist_ok=True)
     (context.work / "mlflow_run").write_text(run_id)
     log.info("train: %d examples, %d of %d weights move", len(encoded["train"]), moving, total)
-    objective.start()
     fitting = partial(fit, objective, precision=precision, ranks=ranks, saved=saved)
     result = _fit_tracked(fitting, encoded, config, context, run_id)
     if not ranks.writes:
         return Result(kinds={})
     card = saving.card(objective, config, base, (moving, total), run_id)
     saving.save(objective, config, card, context.out / "model")
-    return saving.describe(result, ledgers, card, context, run_id)
+    return saving.describe(result, ledgers, card, context, run_id, checked)
 
 
 def _encode(

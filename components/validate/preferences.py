@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from components.validate.expectation import MOSTLY, PLACEHOLDERS, Expectation, uncut
 
-# Of 560 pairs that a judge decided (the sample corpus of pairs) the longer answer won 62%; beyond this share a
-# verdict says little else.
+# Of the 560 decided pairs of the sample corpus the longer answer won 62%; beyond this share a verdict says
+# little else.
 MAX_LONGER = 0.80
 
 

@@ -25,6 +25,8 @@ class Objective:
         task: of the model that comes out.
         labels: class names in logit order; empty where there are none.
         own_weights: names of weights that the objective itself adds to the model; they move with any adapter.
+        separable: whether the loss of a batch is the sum over its examples, each by itself.
+        plain_loss: the same as `summed_loss` by the book, slow and obvious; None where that is the same.
     """
 
     model: Any
@@ -32,6 +34,8 @@ class Objective:
     task: Task
     labels: Sequence[str] = ()
     own_weights: tuple[str, ...] = ()
+    separable: bool = True
+    plain_loss: Callable[[Sequence[Any], float], Any] | None = None
 
     @property
     def packs(self) -> bool:
@@ -115,6 +119,10 @@ class Objective:
     def start(self) -> None:
         """Called before the first update, with the adapter on the model."""
 
+    def rehearsed(self, examples: Sequence[Any]) -> Sequence[Any]:
+        """What `summed_loss` will see of these train examples, for the self-check: mostly themselves."""
+        return examples
+
     def turns(
         self, batches: Sequence[Sequence[Any]], arithmetic: Arithmetic
     ) -> Iterable[Sequence[Sequence[Any]]]:
@@ -135,6 +143,10 @@ class Objective:
 
     def finish(self) -> None:
         """Take from the trained model what only training needed."""
+
+    def template_faults(self, rows: Sequence[Mapping[str, Any]]) -> list[str]:
+        """What the chat template does to these examples that it must not."""
+        return []
 
     def template_probe(self) -> dict[str, Any] | None:
         """What serving must reproduce; None where there is no template."""

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from components.shared import causal, chat
+from components.shared import causal, chat, examples
 from components.shared.causal import Encoded
 from components.shared.loss import summed_cross_entropy
 from components.shared.tasks import Task
@@ -42,6 +42,25 @@ class Sft(Objective):
         _, head, cap = causal.body_and_head(self.model)
         states, targets = causal.answer_states(self.model, batch, self.tokenizer.pad_token_id)
         return summed_cross_entropy(states, head, cap, targets, label_smoothing)
+
+    def plain_loss(self, batch: Sequence[Encoded], label_smoothing: float) -> Any:
+        """As transformers computes it: padded, masked, all logits, PyTorch's cross-entropy."""
+        import torch
+
+        tensors = causal.pad(batch, self.tokenizer.pad_token_id)
+        labels = tensors.pop("labels")
+        logits = self.model(**tensors, use_cache=False).logits
+        return torch.nn.functional.cross_entropy(
+            logits[:, :-1].flatten(0, 1).float(),
+            labels[:, 1:].flatten(),
+            ignore_index=causal.IGNORED,
+            reduction="sum",
+            label_smoothing=label_smoothing,
+        )
+
+    def template_faults(self, rows: Sequence[Mapping[str, Any]]) -> list[str]:
+        """See Objective."""
+        return [fault for row in rows if (fault := chat.fault(self.tokenizer, examples.messages(row)))]
 
     def template_probe(self) -> dict[str, Any] | None:
         """See Objective."""

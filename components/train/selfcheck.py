@@ -1,0 +1,152 @@
+"""The loss you asked for: checked on the real model and real examples before the first step.
+
+What is checked has broken in every well-known trainer at some time (docs/decisions/0012): gradients of
+accumulated micro-batches, examples that see each other in a packed row, prompts that carry loss, templates
+that change an answer.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from components.shared import causal, clock
+from components.shared.errors import TuneyardError
+from components.train import checkpoint
+from components.train.objectives.base import Objective
+from components.train.update import autocast
+
+log = logging.getLogger("tuneyard.train")
+
+# Relative differences that rounding explains. In bfloat16 a number has three digits, and a sum over a hundred
+# tokens of 18 layers was off by up to 0.4%, its gradient by up to 3%; the defects looked for cost more (an
+# example that sees its neighbour 5-40%, a mean of means or a prompt that carries loss 10-900%).
+_LOSS = {"float32": 1e-4, "bfloat16": 0.015}
+_GRADIENT = {"float32": 1e-3, "bfloat16": 0.1}
+_EXAMPLES = 3
+_TOKENS = 256
+
+
+def check(
+    objective: Objective,
+    encoded: Sequence[Any],
+    rows: Sequence[Mapping[str, Any]],
+    precision: causal.Precision,
+) -> dict[str, float]:
+    """Compute loss and gradient of a few examples in all the ways that must agree.
+
+    Args:
+        objective: with its model, adapter applied.
+        encoded: train examples; a few of the shorter ones are taken.
+        rows: the same as text, for the template.
+        precision: to compute in.
+
+    Returns:
+        What was measured: relative differences by name.
+
+    Raises:
+        TuneyardError: some are larger than rounding explains; says which, and all numbers.
+    """
+    chosen = _chosen(encoded)
+    found: dict[str, float] = {}
+    limits: dict[str, float] = {}
+    with _calm(objective.model), clock.arithmetic(), autocast(precision):
+        chosen = list(objective.rehearsed(chosen))
+        together, gradient = _loss(objective, objective.summed_loss, [chosen])
+        if objective.separable:
+            alone, split = _loss(objective, objective.summed_loss, [[e] for e in chosen])
+            found["micro_batches_loss"] = _relative(alone, together)
+            found["micro_batches_gradient"] = _distance(split, gradient)
+        if objective.plain_loss is not None:
+            with _attention(objective.model, "eager"):
+                plain, expected = _loss(objective, objective.plain_loss, [chosen])
+            found["plain_loss"] = _relative(plain, together)
+            found["plain_gradient"] = _distance(expected, gradient)
+    limits = {name: (_GRADIENT if name.endswith("gradient") else _LOSS)[precision] for name in found}
+    faults = [
+        f"{_MEANING[name]}: they differ by {value:.2%}, rounding explains {limits[name]:.2%}"
+        for name, value in found.items()
+        if not value <= limits[name]  # NaN is no agreement
+    ]
+    faults += objective.template_faults(rows[:_EXAMPLES])
+    if faults:
+        raise TuneyardError(
+            f"the loss is not the one that was asked for ({precision}, {len(chosen)} examples of "
+            f"{sum(map(len, chosen))} tokens): {'; '.join(faults)}",
+            f"report it with the class of the model, {type(objective.model).__name__}; nothing was trained",
+        )
+    log.info("train: self-check passed: %s", ", ".join(f"{n} {v:.1e}" for n, v in found.items()))
+    return found
+
+
+_MEANING = {
+    "micro_batches_loss": "the loss of one batch, and of its examples one by one",
+    "micro_batches_gradient": "the gradient of one batch, and of its examples one by one",
+    "plain_loss": "our loss, and transformers' logits under PyTorch's cross-entropy, padded and masked",
+    "plain_gradient": "the gradient of our loss, and of PyTorch's cross-entropy on transformers' logits",
+}
+
+
+def _chosen(encoded: Sequence[Any]) -> list[Any]:
+    """Examples of different length from the shorter half, within some hundred tokens."""
+    by_length = sorted(encoded, key=len)
+    places = [0, len(by_length) // 4, len(by_length) // 2]
+    found = [by_length[at] for at in dict.fromkeys(places)]
+    while len(found) > 2 and sum(map(len, found)) > _TOKENS:
+        found.pop()
+    return found
+
+
+@contextmanager
+def _attention(model: Any, implementation: str) -> Iterator[None]:
+    before = model.config.get_text_config()._attn_implementation
+    model.set_attn_implementation(implementation)
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)
+
+
+@contextmanager
+def _calm(model: Any) -> Iterator[None]:
+    """Without dropout, and leaving no trace: random state, mode and gradients are as before."""
+    import torch
+
+    training = model.training
+    devices = [causal.device()] if causal.device().type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        model.eval()
+        try:
+            yield
+        finally:
+            model.train(training)
+            model.zero_grad(set_to_none=True)
+
+
+def _loss(
+    objective: Objective, loss: Callable[[Sequence[Any], float], Any], batches: Sequence[Sequence[Any]]
+) -> tuple[float, dict[str, Any]]:
+    """Summed loss over micro-batches, and its gradient by weight."""
+    objective.model.zero_grad(set_to_none=True)
+    total = 0.0
+    for batch in batches:
+        part = loss(batch, 0.0)
+        part.backward()
+        total += float(part.detach())
+    moving = checkpoint.trainable(objective.model)
+    return total, {n: w.grad.detach().clone() for n, w in moving.items() if w.grad is not None}
+
+
+def _relative(one: float, other: float) -> float:
+    return abs(one - other) / max(abs(other), 1e-12)
+
+
+def _distance(one: Mapping[str, Any], other: Mapping[str, Any]) -> float:
+    """Length of the difference of two gradients over the length of the second; infinite if others move."""
+    if one.keys() != other.keys():
+        return float("inf")
+    apart = sum(float((one[name] - other[name]).float().pow(2).sum()) for name in other)
+    whole = sum(float(gradient.float().pow(2).sum()) for gradient in other.values())
+    return float((apart / max(whole, 1e-24)) ** 0.5)
