@@ -46,6 +46,12 @@ def misfits(raw: Mapping[str, Any]) -> Iterator[tuple[tuple[str, ...], str]]:
         )
     yield from _strange_metrics(raw, trait.task, given if given in trait.formats else trait.formats[0])
     yield from _not_there_yet(raw, trait.task)
+    yield from _dead_settings(train)
+    hardware = _section(raw, "hardware")
+    if trait is tasks.OBJECTIVES["ppo"] and (
+        hardware.get("nodes", 1) != 1 or hardware.get("gpus_per_node", 0) not in (0, 1)
+    ):
+        yield ("hardware",), "ppo trains in one process yet: nodes: 1, and gpus_per_node 0 or 1"
 
 
 def _not_there_yet(raw: Mapping[str, Any], task: tasks.Task) -> Iterator[tuple[tuple[str, ...], str]]:
@@ -54,6 +60,22 @@ def _not_there_yet(raw: Mapping[str, Any], task: tasks.Task) -> Iterator[tuple[t
         yield ("compress",), f"there is no smaller form of a {task} model yet; drop the section"
     if _has(raw, "deploy") and task not in tasks.SERVED:
         yield ("deploy",), f"the model server does not answer with a {task} model; end with register"
+
+
+def _dead_settings(train: Mapping[str, Any]) -> Iterator[tuple[tuple[str, ...], str]]:
+    """Settings of train that its objective would not look at."""
+    objective, adapter = (_section(train, name) for name in ("objective", "adapter"))
+    kind = objective.get("kind", train.get("objective"))
+    if objective.get("loss") == "ipo" and train.get("label_smoothing"):
+        yield ("train", "label_smoothing"), "loss ipo has no labels; drop it, or set loss: sigmoid"
+    if kind != "ppo":
+        return
+    why = "ppo computes without dropout, or its ratio of new to old probability would be noise; drop it"
+    for at, section in ((("train",), train), (("train", "adapter"), adapter)):
+        if section.get("dropout"):
+            yield (*at, "dropout"), why
+    if train.get("gradient_checkpointing"):
+        yield ("train", "gradient_checkpointing"), "ppo keeps its activations; drop it"
 
 
 def _strange_metrics(

@@ -70,7 +70,7 @@ def judge(
     window = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     prompts = _prompts(asked, tokenizer, None if window is None else max(1, window - limit))
     tuned = _answer("tuned", model, prompts, tokenizer, limit, config)
-    written = [Encoded(p, _ended(a, tokenizer)) for p, a in zip(prompts, tuned.answers, strict=True)]
+    written = [Encoded(p, a.chosen) for p, a in zip(prompts, tuned.answers, strict=True)]
     nats = {"tuned": causal.answer_nats(model, written)}
     del model
     gc.collect()
@@ -97,13 +97,6 @@ def _prompts(rows: Sequence[Mapping[str, Any]], tokenizer: Any, room: int | None
     if room is None:
         return found
     return [causal.cut_prompt(prompt, room, tokenizer.bos_token_id) for prompt in found]
-
-
-def _ended(answer: generation.Answer, tokenizer: Any) -> list[int]:
-    """The tokens that the model chose, its end token among them."""
-    if answer.ended or not answer.tokens:
-        return [*answer.tokens, chat.end_id(tokenizer)]
-    return answer.tokens
 
 
 def _answer(

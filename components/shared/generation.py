@@ -18,11 +18,18 @@ class Answer:
         tokens: ids without the end token.
         ended: whether the model ended it itself; False when the limit cut it.
         seconds: from the start of its batch to its last token, as a caller in that batch would wait.
+        end: the token that ended it; None when the limit did.
     """
 
     tokens: list[int]
     ended: bool
     seconds: float
+    end: int | None = None
+
+    @property
+    def chosen(self) -> list[int]:
+        """Every token that the model chose, the end token among them."""
+        return self.tokens if self.end is None else [*self.tokens, self.end]
 
 
 def generate(
@@ -116,7 +123,8 @@ def _answer_batch(
                 if not ended:
                     tokens[prompt].append(token)
                 if ended or len(tokens[prompt]) == max_new_tokens:
-                    answers[prompt] = Answer(tokens[prompt], ended, time.perf_counter() - started)
+                    took = time.perf_counter() - started
+                    answers[prompt] = Answer(tokens[prompt], ended, took, token if ended else None)
                     done(1)
                 else:
                     keep.append(row)

@@ -148,5 +148,7 @@ def _blocked(tokens: int, window: int) -> Any:
     """[tokens, tokens], true where a token must not be seen: after the one that looks, or too far back."""
     import torch
 
-    ones = torch.ones(tokens, tokens, dtype=torch.bool)
-    return ones.triu(1) | ones.tril(-window)
+    # Kept for training too, whoever asks first: a tensor of an evaluation in inference mode has no backward pass.
+    with torch.inference_mode(False):
+        ones = torch.ones(tokens, tokens, dtype=torch.bool)
+        return ones.triu(1) | ones.tril(-window)

@@ -24,7 +24,7 @@ class TrainConfig(Settings):
 
     Args:
         objective: what is optimised, by name or with its own settings; see objectives/config.py.
-        base_model: s3:// prefix, local folder or Hugging Face id.
+        base_model: s3:// prefix, local folder, Hugging Face id or registered model (models:/name@champion).
         revision: of a Hugging Face id.
         adapter: which weights move, by name or with its own settings; see adapters/config.py. Absent: what is
             usual for the objective, lora for sft and full for classification.
@@ -81,8 +81,8 @@ class TrainConfig(Settings):
     seed: int = 42
 
     def external_uris(self) -> list[str]:
-        """The base model."""
-        return [self.base_model]
+        """The base model, and whatever else the objective reads."""
+        return [self.base_model, *self.objective.external_uris()]
 
     @model_validator(mode="before")
     @classmethod

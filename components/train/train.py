@@ -21,6 +21,7 @@ from components.train.config import TrainConfig
 from components.train.data import Ledger, fit_lengths
 from components.train.fit import Fit, fit
 from components.train.objectives.base import Objective
+from components.train.objectives.config import PpoObjective
 from components.train.objectives.opening import open_objective
 from components.train.ranks import ALONE, Ranks
 from components.train.trainjob import ASKED, Nodes
@@ -53,7 +54,15 @@ def _seed(seed: int) -> None:
 def _open(config: TrainConfig, train: Sequence[Mapping[str, Any]], context: Context) -> Objective:
     """The base model with its objective."""
     folder = sources.model_folder(config.base_model, context.store, config.revision)
-    return open_objective(config, train, folder)
+    judging = config.objective.reward_model if isinstance(config.objective, PpoObjective) else None
+    reward_folder = sources.model_folder(judging, context.store) if judging else None
+    return open_objective(config, train, folder, reward_folder)
+
+
+def _reference(uri: str, context: Context, revision: str = "main") -> BaseModelRef:
+    """What a URI names now."""
+    found = sources.fingerprint(uri, context.store, "model", revision)
+    return BaseModelRef(uri=uri, fingerprint=found, revision=revision)
 
 
 def _adapt(objective: Objective, config: TrainConfig) -> None:
@@ -163,11 +172,7 @@ def train_here(
     objective.prepare([*encoded["train"], *encoded["eval"]], partial(autocast, precision))
     _adapt(objective, config)
     moving, total = weight_counts(objective, config)
-    base = BaseModelRef(
-        uri=config.base_model,
-        fingerprint=sources.fingerprint(config.base_model, context.store, "model", config.revision),
-        revision=config.revision,
-    )
+    base = _reference(config.base_model, context, config.revision)
     objective.start()
     checked = selfcheck.check(objective, encoded["train"], rows["train"], precision)
     facts = {"trainable_weights": moving, "total_weights": total, "base_fingerprint": base.fingerprint}
@@ -182,6 +187,9 @@ def train_here(
     if not ranks.writes:
         return Result(kinds={})
     card = saving.card(objective, config, base, (moving, total), run_id)
+    if isinstance(config.objective, PpoObjective):
+        judge = _reference(config.objective.reward_model, context)
+        card = card.model_copy(update={"reward_model": judge})
     saving.save(objective, config, card, context.out / "model")
     return saving.describe(result, ledgers, card, context, run_id, checked)
 

@@ -79,7 +79,47 @@ class RewardObjective(PairMargin):
     centre_weight: float = Field(0.01, ge=0)
 
 
+class PpoObjective(Settings):
+    """Proximal policy optimisation against a reward model (Schulman et al. 2017, arXiv:1707.06347).
+
+    The reward of an answer comes with its last token; each token costs kl_weight log(p / p_base), so that the
+    model stays near what it could say before (Ouyang et al. 2022, arXiv:2203.02155, section 3.5). A step of
+    the run answers the prompts of its batch once, then makes rollout_epochs x minibatches optimizer updates.
+
+    Args:
+        reward_model: of `objective: reward`: a registered model (models:/name@champion), an s3:// prefix or a
+            local folder.
+        max_new_tokens: longest answer; prompt and answer together fit into train.max_length.
+        kl_weight: reward that a nat of distance from the base costs.
+        missing_end_penalty: taken from the reward of an answer that max_new_tokens cut.
+        rollout_epochs: passes over the answers of a step.
+        minibatches: optimizer updates in one such pass.
+        clip: how far the ratio of new to old probability counts (epsilon of equation 7).
+        value_clip: how far the value may move from what it was, for the loss.
+        value_weight: of the value's squared error beside the policy's loss (c1 of equation 9).
+        gamma: discount of later rewards.
+        gae_lambda: of generalised advantage estimation (Schulman et al. 2015, arXiv:1506.02438, equation 16).
+    """
+
+    kind: Literal["ppo"]
+    reward_model: str
+    max_new_tokens: int = Field(64, ge=1)
+    kl_weight: float = Field(0.05, ge=0)
+    missing_end_penalty: float = Field(0.0, ge=0)
+    rollout_epochs: int = Field(4, ge=1)
+    minibatches: int = Field(1, ge=1)
+    clip: float = Field(0.2, gt=0)
+    value_clip: float = Field(0.2, gt=0)
+    value_weight: float = Field(0.1, ge=0)
+    gamma: float = Field(1.0, gt=0, le=1)
+    gae_lambda: float = Field(0.95, ge=0, le=1)
+
+    def external_uris(self) -> list[str]:
+        """The reward model."""
+        return [self.reward_model]
+
+
 ObjectiveConfig = Annotated[
-    SftObjective | ClassificationObjective | DpoObjective | RewardObjective,
+    SftObjective | ClassificationObjective | DpoObjective | RewardObjective | PpoObjective,
     Field(discriminator="kind"),
 ]

@@ -14,10 +14,12 @@ class Noting(Objective):
     """An objective whose history rows carry means of what it notes.
 
     Attributes:
-        measures: the names; each is a sum over the terms of a micro-batch when noted.
+        measures: the names, of an update; each is a sum over the terms of a micro-batch when noted.
+        judged_measures: of an evaluation on eval, where these are others.
     """
 
     measures: Sequence[str] = ()
+    judged_measures: Sequence[str] = ()
 
     def __init__(self) -> None:
         self._sums: Counter[str] = Counter()
@@ -39,20 +41,21 @@ class Noting(Objective):
         """See Objective."""
         self._sums.clear()
         loss = super().gradient(micros, terms, label_smoothing, arithmetic, ranks)
-        self._notes = self._means(terms, ranks)
+        self._notes = self._means(self.measures, terms, ranks)
         return loss
 
     def judged_loss(self, encoded: Sequence[Any], batches: Iterable[Sequence[int]], ranks: Ranks) -> float:
         """See Objective."""
         self._sums.clear()
         loss = super().judged_loss(encoded, batches, ranks)
-        means = self._means(sum(map(self.terms, encoded)), ranks)
+        names = self.judged_measures or self.measures
+        means = self._means(names, sum(map(self.terms, encoded)), ranks)
         self._judged = {f"eval_{name}": value for name, value in means.items()}
         return loss
 
-    def _means(self, terms: int, ranks: Ranks) -> dict[str, float]:
+    def _means(self, names: Sequence[str], terms: int, ranks: Ranks) -> dict[str, float]:
         # Every process asks for the same sums in the same order, whatever its share held.
-        return {name: ranks.sum(self._sums[name]) / terms for name in self.measures}
+        return {name: ranks.sum(self._sums[name]) / terms for name in names}
 
     def notes(self) -> dict[str, float]:
         """See Objective."""

@@ -13,22 +13,30 @@ from components.train.objectives.classification import Classification, labels_of
 from components.train.objectives.config import (
     ClassificationObjective,
     DpoObjective,
+    PpoObjective,
     RewardObjective,
     SftObjective,
 )
 from components.train.objectives.dpo import Dpo
 from components.train.objectives.pairs import refuse_without_scores
+from components.train.objectives.ppo import Ppo, judge_of
 from components.train.objectives.reward import Reward
 from components.train.objectives.sft import Sft
 
 
-def open_objective(config: TrainConfig, rows: Sequence[Mapping[str, Any]], folder: Path) -> Objective:
+def open_objective(
+    config: TrainConfig,
+    rows: Sequence[Mapping[str, Any]],
+    folder: Path,
+    reward_folder: Path | None = None,
+) -> Objective:
     """The objective over the base model in `folder`; every weight as the base has it.
 
     Args:
         config: settings.
         rows: the train examples, which tell labels.
         folder: of the base model.
+        reward_folder: of the reward model, where the objective has one.
 
     Raises:
         StageStopped: the examples do not fit the objective (fewer than two labels).
@@ -45,6 +53,10 @@ def open_objective(config: TrainConfig, rows: Sequence[Mapping[str, Any]], folde
         case RewardObjective():
             refuse_without_scores(rows, config.objective)
             objective = Reward(folder, config.objective, config.dropout)
+        case PpoObjective():
+            assert reward_folder is not None  # whoever reads the pipeline file gives it with this objective
+            judge, inside = judge_of(reward_folder), config.adapter.kind == "lora"
+            objective = Ppo(folder, held_in(config), config.objective, judge, inside)
     choose_attention(objective, config.max_length)
     return objective
 
