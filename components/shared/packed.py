@@ -148,7 +148,7 @@ def _blocked(tokens: int, window: int) -> Any:
     """[tokens, tokens], true where a token must not be seen: after the one that looks, or too far back."""
     import torch
 
-    # Kept for training too, whoever asks first: a tensor of an evaluation in inference mode has no backward pass.
+    # Training takes it too, also when an evaluation in inference mode asked first.
     with torch.inference_mode(False):
         ones = torch.ones(tokens, tokens, dtype=torch.bool)
         return ones.triu(1) | ones.tril(-window)

@@ -113,7 +113,8 @@ def _preferred(examples: Rows) -> dict[str, list[Any]]:
     chosen, rejected = ([_text(value) for value in columns[name]] for name in ("chosen", "rejected"))
     pairs = Counter(zip(prompts, chosen, rejected, strict=True))
     columns["opposite_verdicts"] = [
-        pairs[prompt, worse, better] for prompt, better, worse in zip(prompts, chosen, rejected, strict=True)
+        pairs[prompt, worse, better] if better != worse else 0
+        for prompt, better, worse in zip(prompts, chosen, rejected, strict=True)
     ]
     columns["chosen_longer"] = [
         float(len(better) > len(worse)) + 0.5 * (len(better) == len(worse))
