@@ -3,7 +3,7 @@
 # or a data check stopped the line) call .venv/bin/tuneyard, which these targets only wrap.
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lock submit compile schedule unschedule up down status ui runs ask promote rollback gc images test test-unit test-cluster test-containers lint bench clean
+.PHONY: help setup lock submit compile schedule unschedule up down status ui runs ask promote rollback gc images test test-unit test-cluster test-containers lint bench bench-train clean
 MAKEFLAGS += --no-print-directory
 
 BIN := .venv/bin
@@ -89,6 +89,9 @@ lint: setup  ## ruff, mypy, the import contracts and hadolint
 
 bench: setup  ## run the benchmarks
 	@exec $(BIN)/python -m benchmarks
+
+bench-train: setup  ## tokens/s of fine-tuning beside transformers.Trainer and TRL; JSON=1 prints one object
+	@exec $(BIN)/python -m benchmarks train $${JSON:+--json}
 
 lock: setup  ## pin the dependencies of pyproject.toml again (for maintainers)
 	@exec $(BIN)/python requirements/lock.py

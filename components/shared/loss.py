@@ -9,35 +9,57 @@ arXiv:2410.10989, section 3.2); label smoothing is Szegedy et al. 2016 (arXiv:15
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
+# A product over fewer tokens waits for the weights; over more it does not get faster.
 CHUNK_TOKENS = 256
+# Passes over a block of these rows find it in the cache: 68 ms for 256 tokens of Gemma 3's 262,144 words,
+# where passes over all 256 rows took 115 ms.
+_BLOCK_ROWS = 64
 
 
 class _Projection:
     """Projects hidden states on the vocabulary, a chunk at a time, into buffers that are made once.
 
-    Fresh memory of this size (268 MB for 256 tokens of Gemma 3) is given back and zeroed by the kernel every
+    Fresh memory of this size (134 MB for 256 tokens of Gemma 3) is given back and zeroed by the kernel every
     time, which takes longer than the product.
     """
 
     def __init__(self, weight: Any, bias: Any, tokens: int) -> None:
         import torch
 
-        shape = min(CHUNK_TOKENS, tokens), weight.shape[0]
+        rows = min(CHUNK_TOKENS, tokens)
         self._weight, self._bias = weight, bias
-        self.raw = torch.empty(shape, dtype=weight.dtype, device=weight.device)
-        exact = weight.dtype == torch.float32
-        self._float32 = self.raw if exact else torch.empty(shape, device=weight.device)
+        self._products = torch.empty(rows, weight.shape[0], dtype=weight.dtype, device=weight.device)
+        self._block = torch.empty(min(_BLOCK_ROWS, rows), weight.shape[0], device=weight.device)
 
-    def logits(self, states: Any) -> Any:
-        """float32 logits [n, vocabulary] of states [n, width], before any cap; valid until the next call."""
+    def products(self, states: Any) -> Any:
+        """Logits [n, vocabulary] of states [n, width], before any cap; valid until the next call."""
         import torch
 
-        products = torch.mm(states, self._weight.T, out=self.raw[: len(states)])
-        return self._float32[: len(states)].copy_(
-            products if self._bias is None else products.add_(self._bias)
-        )
+        products = torch.mm(states, self._weight.T, out=self._products[: len(states)])
+        return products if self._bias is None else products.add_(self._bias)
+
+    def blocks(self, products: Any, targets: Any) -> Iterator[tuple[slice, Any, Any, Any]]:
+        """Rows of the products, as (their place, logits, float32 copy, targets); valid until the next."""
+        for start in range(0, len(targets), _BLOCK_ROWS):
+            at = slice(start, start + _BLOCK_ROWS)
+            yield at, products[at], self._block[: len(targets[at])].copy_(products[at]), targets[at]
+
+
+def _exponentials(float32: Any, targets: Any, cap: float) -> tuple[Any, Any, Any]:
+    """Turn logits into exp(logit - highest logit), in place.
+
+    Returns:
+        The logit at each target, the highest logit and the sum of the exponentials, each [n].
+    """
+    if cap:
+        float32.div_(cap).tanh_().mul_(cap)
+    at_target = float32.gather(1, targets[:, None])[:, 0]
+    highest = float32.amax(-1)
+    float32.sub_(highest[:, None]).exp_()
+    return at_target, highest, float32.sum(-1)
 
 
 def token_nats(hidden: Any, head: Any, cap: float, targets: Any) -> Any:
@@ -58,12 +80,10 @@ def token_nats(hidden: Any, head: Any, cap: float, targets: Any) -> Any:
         projection = _Projection(head.weight, head.bias, len(targets))
         parts = []
         for states, wanted in zip(hidden.split(CHUNK_TOKENS), targets.split(CHUNK_TOKENS), strict=True):
-            logits = projection.logits(states.to(head.weight.dtype))
-            if cap:
-                logits.div_(cap).tanh_().mul_(cap)
-            at_target = logits[torch.arange(len(wanted), device=wanted.device), wanted]
-            highest = logits.amax(-1)
-            parts.append(logits.sub_(highest[:, None]).exp_().sum(-1).log() + highest - at_target)
+            products = projection.products(states.to(head.weight.dtype))
+            for _, _, float32, some in projection.blocks(products, wanted):
+                at_target, highest, total = _exponentials(float32, some, cap)
+                parts.append(total.log() + highest - at_target)
     return torch.cat(parts)
 
 
@@ -125,10 +145,9 @@ def _token_function() -> Any:
             projection = _Projection(weight, bias, len(targets))
             for start in range(0, len(targets), CHUNK_TOKENS):
                 at = slice(start, start + CHUNK_TOKENS)
-                logits = projection.logits(hidden[at].to(weight.dtype))
-                nats[at] = _losses_and_gradient(logits, targets[at], 0.0, cap)
-                grad = projection.raw[: len(logits)].copy_(logits)
-                grad_hidden[at] = torch.mm(grad, weight).to(hidden.dtype)
+                products = projection.products(hidden[at].to(weight.dtype))
+                nats[at], sums = _losses_and_gradient(projection, products, targets[at], 0.0, cap)
+                grad_hidden[at] = torch.mm(products, weight) / sums
             ctx.cap = cap
             ctx.save_for_backward(hidden, weight, bias, targets, grad_hidden)
             return nats
@@ -144,13 +163,13 @@ def _token_function() -> Any:
                 for start in range(0, len(targets), CHUNK_TOKENS):
                     at = slice(start, start + CHUNK_TOKENS)
                     states = hidden[at].to(weight.dtype)
-                    logits = projection.logits(states)
-                    _losses_and_gradient(logits, targets[at], 0.0, ctx.cap)
-                    grad = projection.raw[: len(logits)].copy_(logits.mul_(scale[at]))
+                    products = projection.products(states)
+                    _, sums = _losses_and_gradient(projection, products, targets[at], 0.0, ctx.cap)
+                    share = scale[at] / sums
                     if grad_weight is not None:
-                        grad_weight += grad.T @ states
+                        grad_weight += products.T @ (states * share).to(weight.dtype)
                     if grad_bias is not None:
-                        grad_bias += grad.sum(0)
+                        grad_bias += (products * share).sum(0)
             return grad_hidden * scale.to(grad_hidden.dtype), grad_weight, grad_bias, None, None
 
     return TokenCrossEntropy
@@ -174,14 +193,14 @@ def _function() -> Any:
             for start in range(0, len(targets), CHUNK_TOKENS):
                 at = slice(start, start + CHUNK_TOKENS)
                 states = hidden[at].to(weight.dtype)
-                logits = projection.logits(states)
-                total += _losses_and_gradient(logits, targets[at], smoothing, cap).sum()
-                grad = projection.raw[: len(states)].copy_(logits)
-                grad_hidden[at] = torch.mm(grad, weight).to(hidden.dtype)
+                products = projection.products(states)
+                losses, sums = _losses_and_gradient(projection, products, targets[at], smoothing, cap)
+                total += losses.sum()
+                grad_hidden[at] = torch.mm(products, weight) / sums
                 if grad_weight is not None:
-                    grad_weight += grad.T @ states
+                    grad_weight += products.T @ (states / sums).to(weight.dtype)
                 if grad_bias is not None:
-                    grad_bias += grad.sum(0)
+                    grad_bias += (products / sums).sum(0)
             ctx.gradients = grad_hidden, grad_weight, grad_bias
             return total
 
@@ -193,30 +212,29 @@ def _function() -> Any:
     return SummedCrossEntropy
 
 
-def _losses_and_gradient(logits: Any, targets: Any, smoothing: float, cap: float) -> Any:
-    """Loss of each token; the logits become its gradient with respect to the uncapped logits.
+def _losses_and_gradient(
+    projection: _Projection, products: Any, targets: Any, smoothing: float, cap: float
+) -> tuple[Any, Any]:
+    """Loss of each token; the products become its gradient over themselves, but for a factor in each row.
 
-    All in place, five passes over memory: at this size the passes cost more than the arithmetic.
+    The factor, one over the sum of a row's exponentials, is left to the caller, who has narrower rows to
+    divide. The gradient is rounded once, at the end: one minus the probability of a token that is learned
+    must not be lost in bfloat16.
+
+    Returns:
+        The losses [n], and the sums [n, 1], in float32.
     """
     import torch
 
-    rows = torch.arange(len(targets), device=targets.device)
-    slope = None
-    if cap:
-        logits.div_(cap).tanh_()
-        slope = 1 - logits**2
-        logits.mul_(cap)
-    at_target = logits[rows, targets]
-    mean = logits.mean(-1) if smoothing else 0.0
-    highest = logits.amax(-1)
-    logits.sub_(highest[:, None]).exp_()
-    total = logits.sum(-1)
-    log_normaliser = total.log() + highest
-    losses = log_normaliser - (1 - smoothing) * at_target - smoothing * mean
-    logits.div_(total[:, None])
-    logits[rows, targets] -= 1 - smoothing
-    if smoothing:
-        logits -= smoothing / logits.shape[-1]
-    if slope is not None:
-        logits.mul_(slope)
-    return losses
+    losses, sums = [], []
+    for _, logits, float32, some in projection.blocks(products, targets):
+        slope = 1 - (float32 / cap).tanh() ** 2 if cap else None
+        mean = (torch.tanh(float32 / cap) * cap if cap else float32).mean(-1) if smoothing else 0.0
+        at_target, highest, total = _exponentials(float32, some, cap)
+        losses.append(total.log() + highest - (1 - smoothing) * at_target - smoothing * mean)
+        if smoothing:
+            float32.sub_((smoothing / float32.shape[-1]) * total[:, None])
+        float32.scatter_add_(1, some[:, None], -(1 - smoothing) * total[:, None])
+        logits.copy_(float32 if slope is None else float32.mul_(slope))
+        sums.append(total)
+    return torch.cat(losses), torch.cat(sums)[:, None]

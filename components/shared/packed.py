@@ -134,11 +134,12 @@ def _of_one(
         )[0]
     # The query heads that share a key head are one product.
     scores = (query.reshape(len(key), shared * tokens, width) * scale) @ key.transpose(1, 2)
-    scores = scores.view(heads, tokens, tokens).float()
+    scores = scores.view(heads, tokens, tokens)
     if cap:
-        scores = torch.tanh(scores / cap) * cap
+        scores = (torch.tanh(scores.float() / cap) * cap).to(value.dtype)
     blocked = _blocked(tokens, tokens if sees_all or window is None else window)
-    weights = scores.masked_fill(blocked.to(scores.device), -torch.inf).softmax(-1).to(value.dtype)
+    # The kernel computes in float32 inside, whatever it reads and writes.
+    weights = torch.softmax(scores.masked_fill(blocked.to(scores.device), -torch.inf), -1)
     weights = torch.nn.functional.dropout(weights, dropout)
     return (weights.view(len(key), shared * tokens, tokens) @ value).view(heads, tokens, width)
 

@@ -6,6 +6,7 @@ import logging
 
 from components.shared.errors import TuneyardError
 from components.train import checkpoint
+from components.train.adapters import fused
 from components.train.config import TrainConfig
 from components.train.objectives.base import Objective
 
@@ -33,6 +34,7 @@ def apply_adapter(objective: Objective, config: TrainConfig) -> None:
         task_type=_PEFT_TASKS.get(objective.task),
     )
     objective.model = get_peft_model(objective.model, lora)
+    fused.use(objective.model)
     # A path of this machine has no place in the artifact; the base is named as the pipeline file names it.
     objective.model.peft_config["default"].base_model_name_or_path = config.base_model
 
