@@ -57,11 +57,7 @@ def judge(
         TuneyardError: the model names no reward model, or that or the base changed since the training.
     """
     card = ModelCard.read(inputs["model"].path)
-    if card.reward_model is None:
-        raise TuneyardError(
-            "test has prompts without answers, and no reward model that could judge them was trained with",
-            "give the corpus a column of answers, or train with `objective: ppo`",
-        )
+    _require_judge(card)
     asked = list(tests[: config.max_generated])
     shipped = inputs["compressed" if "compressed" in inputs else "model"].path
     precision = causal.served_precision(shipped)
@@ -83,13 +79,21 @@ def judge(
     systems = _systems(scored, {"base": base, "tuned": tuned}, nats)
     facts = {
         "precision": precision,
-        "reward_model": card.reward_model.uri,
+        "reward_model": card.reward_model.uri if card.reward_model else "",
         "truncated": {"prompts": 0, "left_out": [], "of": len(tests), "limit_tokens": window},
         "answered": len(asked),
         "max_new_tokens": limit,
         "latency": f"from the start of a batch of {config.per_device_batch_size} prompts to an answer's end",
     }
     return Findings(systems, "tuned", _rows(asked, base, tuned, scored), facts)
+
+
+def _require_judge(card: ModelCard) -> None:
+    if card.reward_model is None:
+        raise TuneyardError(
+            "test has prompts without answers, and no reward model that could judge them was trained with",
+            "give the corpus a column of answers, or train with `objective: ppo`",
+        )
 
 
 def _prompts(rows: Sequence[Mapping[str, Any]], tokenizer: Any, room: int | None) -> list[list[int]]:
