@@ -5,24 +5,21 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from components.evaluate import answers, classes, gates, page, pairs, reward_gain
+from components.evaluate import answers, classes, gates, page, preferences, reward_gain, reward_pairs
 from components.evaluate.config import EvaluateConfig
 from components.evaluate.findings import Findings, flat, numbers
+from components.evaluate.slices import keeping
 from components.shared import examples, jsonl
 from components.shared.errors import TuneyardError
 from components.shared.modelcard import ModelCard
 from components.shared.stage import Artifact, Context, Result
 
 log = logging.getLogger("tuneyard.evaluate")
-
-Judge = Callable[
-    [EvaluateConfig, Sequence[Mapping[str, Any]], Mapping[str, Artifact], Context],
-    Findings,
-]
 _SHOWN_LEAKS = 5
 
 
@@ -43,10 +40,10 @@ def evaluate(config: EvaluateConfig, inputs: Mapping[str, Artifact], context: Co
             or the text metrics do not hold for the corpus.
     """
     card = ModelCard.read(inputs["model"].path)
-    tests = read_tests(inputs["test"].path / "examples.jsonl", inputs["train"].path / "examples.jsonl")
-    kind = examples.kind(tests[0])
-    gates.refuse_unknown(config.gates, card.task, kind)
-    findings = _judge_of(card.task, kind)(config, tests, inputs, context)
+    task = task_of(inputs, config)
+    tests = read_tests(inputs)
+    parts = keeping.gather(partial(task.take, config, tests, inputs, context), context)
+    findings = task.judge(config, tests, inputs, context, parts)
     verdict = gates.verdict(config.gates, findings.ships, findings.systems[findings.ships])
     document = {
         "task": card.task,
@@ -75,27 +72,39 @@ def evaluate(config: EvaluateConfig, inputs: Mapping[str, Artifact], context: Co
     )
 
 
-def _judge_of(task: str, dataset_type: str) -> Judge:
-    """What judges a model of a task by examples of a dataset type."""
-    match task, dataset_type:
+def task_of(inputs: Mapping[str, Artifact], config: EvaluateConfig) -> Any:
+    """What judges a model of this task by these tests: `take` does a share, `judge` reads all of them.
+
+    Raises:
+        TuneyardError: a gate is on a metric that this task has not.
+    """
+    task = ModelCard.read(inputs["model"].path).task
+    first = next(jsonl.read(inputs["test"].path / "examples.jsonl"), None)
+    kind = examples.kind(first) if first else ""
+    gates.refuse_unknown(config.gates, task, kind)
+    match task, kind:
         case "causal-lm", "preference":
-            return pairs.judge
+            return preferences
         case "causal-lm", "prompt-only":
-            return reward_gain.judge
+            return reward_gain
         case "causal-lm", _:
-            return answers.judge
+            return answers
         case "reward", _:
-            return pairs.judge_rewards
+            return reward_pairs
         case _:
-            return classes.judge
+            return classes
 
 
-def read_tests(test: Path, train: Path) -> list[dict[str, Any]]:
+def read_tests(inputs: Mapping[str, Artifact]) -> list[dict[str, Any]]:
     """The test examples, by id.
+
+    Args:
+        inputs: `test`, and `train` to show that test is not in it.
 
     Raises:
         TuneyardError: there is none, or some are in train too.
     """
+    test, train = (inputs[name].path / "examples.jsonl" for name in ("test", "train"))
     tests = sorted(jsonl.read(test), key=lambda row: row["id"])
     if not tests:
         raise TuneyardError(

@@ -32,6 +32,14 @@ class Answer:
         return self.tokens if self.end is None else [*self.tokens, self.end]
 
 
+def batches(prompts: Sequence[Sequence[int]], per_device_batch_size: int) -> list[list[int]]:
+    """Indices of the prompts in batches of similar length, shortest first."""
+    order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
+    return [
+        order[start : start + per_device_batch_size] for start in range(0, len(order), per_device_batch_size)
+    ]
+
+
 def generate(
     model: Any,
     prompts: Sequence[Sequence[int]],
@@ -58,9 +66,7 @@ def generate(
         are those of one prompt at a time (a test holds that in float32).
     """
     answers: dict[int, Answer] = {}
-    order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
-    for start in range(0, len(order), per_device_batch_size):
-        batch = order[start : start + per_device_batch_size]
+    for batch in batches(prompts, per_device_batch_size):
         asked = [prompts[index] for index in batch]
         found = _answer_batch(model, asked, end_ids, max_new_tokens, done, temperature)
         answers.update(zip(batch, found, strict=True))

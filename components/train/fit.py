@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -176,11 +177,8 @@ def fit(
     every = config.eval_steps or max(1, math.ceil(len(steps) / 10))
     progress = Progress("train", len(steps), "steps", done=now.done)
 
-    def save() -> None:
-        if ranks.writes and now.done > now.saved:
-            saved(now.save(folder, config))
-
-    try:
+    save = partial(_save, now, folder, config, ranks, saved)
+    with _saved_when_interrupted(save):
         while True:
             if now.due(every, len(steps)):
                 now.judge(config, judge(), objective.judged_notes())
@@ -191,13 +189,26 @@ def fit(
                 save()
             update(now.done, [[train[i] for i in micro] for micro in steps[now.done]])
             _show(progress, now.state, ranks)
-    except KeyboardInterrupt:
-        # A machine that is taken away says so some seconds before: what was computed is kept.
-        save()
-        log.info("train: interrupted; its %d steps are saved", now.done)
-        raise
     report(now.state.history, True)
     return _finish(objective.model, now.best, now.state)
+
+
+def _save(
+    now: Ongoing, folder: Path, config: TrainConfig, ranks: Ranks, saved: Callable[[Path], None]
+) -> None:
+    if ranks.writes and now.done > now.saved:
+        saved(now.save(folder, config))
+
+
+@contextlib.contextmanager
+def _saved_when_interrupted(save: Callable[[], None]) -> Iterator[None]:
+    """A machine that is taken away says so some seconds before: what was computed until then is kept."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        save()
+        log.info("train: interrupted; a checkpoint holds what was done")
+        raise
 
 
 def _finish(model: Any, best: Any, state: Fit) -> Fit:

@@ -1,6 +1,6 @@
 """The loss you asked for: checked on the real model and real examples before the first step.
 
-What is checked has broken in every well-known trainer at some time (docs/decisions/0012): gradients of
+What is checked has broken in every well-known trainer at some time (docs/decisions/0014): gradients of
 accumulated micro-batches, examples that see each other in a packed row, prompts that carry loss, templates
 that change an answer.
 """
@@ -64,7 +64,10 @@ def check(
                 plain, expected = _loss(objective, objective.plain_loss, [chosen])
             found["plain_loss"] = _relative(plain, together)
             found["plain_gradient"] = _distance(expected, gradient)
-    limits = {name: (_GRADIENT if name.endswith("gradient") else _LOSS)[precision] for name in found}
+    limits = {
+        name: objective.rounding * (_GRADIENT if name.endswith("gradient") else _LOSS)[precision]
+        for name in found
+    }
     faults = [
         f"{_MEANING[name]}: they differ by {value:.2%}, rounding explains {limits[name]:.2%}"
         for name, value in found.items()

@@ -11,9 +11,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from components.shared import causal, jsonl, sources, tracking
+from components.shared import causal, drift, jsonl, sources, tracking
 from components.shared.errors import StageStopped
-from components.shared.modelcard import BaseModelRef
+from components.shared.modelcard import BaseModelRef, ModelCard
 from components.shared.stage import Artifact, Context, Result
 from components.train import checkpoint, job, keeping, saving, selfcheck
 from components.train.adapters.applying import apply_adapter, weight_counts
@@ -63,6 +63,21 @@ def _reference(uri: str, context: Context, revision: str = "main") -> BaseModelR
     """What a URI names now."""
     found = sources.fingerprint(uri, context.store, "model", revision)
     return BaseModelRef(uri=uri, fingerprint=found, revision=revision)
+
+
+def _card(
+    objective: Objective,
+    config: TrainConfig,
+    base: BaseModelRef,
+    weights: tuple[int, int],
+    run_id: str,
+    context: Context,
+) -> ModelCard:
+    """The card of the trained model, with what judged its answers."""
+    card = saving.card(objective, config, base, weights, run_id)
+    if not isinstance(config.objective, PpoObjective):
+        return card
+    return card.model_copy(update={"reward_model": _reference(config.objective.reward_model, context)})
 
 
 def _adapt(objective: Objective, config: TrainConfig) -> None:
@@ -186,10 +201,8 @@ def train_here(
     result = _fit_tracked(fitting, encoded, config, context, run_id)
     if not ranks.writes:
         return Result(kinds={})
-    card = saving.card(objective, config, base, (moving, total), run_id)
-    if isinstance(config.objective, PpoObjective):
-        judge = _reference(config.objective.reward_model, context)
-        card = card.model_copy(update={"reward_model": judge})
+    card = _card(objective, config, base, (moving, total), run_id, context)
+    card = card.model_copy(update={"reference": drift.of_training(encoded["train"], rows["train"])})
     saving.save(objective, config, card, context.out / "model")
     return saving.describe(result, ledgers, card, context, run_id, checked)
 

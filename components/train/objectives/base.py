@@ -26,6 +26,7 @@ class Objective:
         labels: class names in logit order; empty where there are none.
         own_weights: names of weights that the objective itself adds to the model; they move with any adapter.
         separable: whether the loss of a batch is the sum over its examples, each by itself.
+        rounding: how many times further than a sum of token losses the loss moves by rounding.
         plain_loss: the same as `summed_loss` by the book, slow and obvious; None where that is the same.
     """
 
@@ -35,6 +36,7 @@ class Objective:
     labels: Sequence[str] = ()
     own_weights: tuple[str, ...] = ()
     separable: bool = True
+    rounding: float = 1.0
     plain_loss: Callable[[Sequence[Any], float], Any] | None = None
 
     @property

@@ -33,6 +33,7 @@ class Dpo(Noting):
 
     task: Task = "causal-lm"
     measures = pairs.MEASURES
+    rounding = pairs.ROUNDING
 
     def __init__(
         self,

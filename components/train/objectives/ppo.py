@@ -29,11 +29,11 @@ class Prompt:
     """What is asked, as messages and token ids, and how many tokens of room its answer has."""
 
     messages: list[dict[str, str]]
-    ids: list[int]
+    prompt: list[int]
     room: int
 
     def __len__(self) -> int:
-        return len(self.ids) + self.room
+        return len(self.prompt) + self.room
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ class Ppo(Noting):
         room = max_length - encoded.room
         if room < 1:
             return None
-        ids = causal.cut_prompt(encoded.ids, room, self.tokenizer.bos_token_id)
+        ids = causal.cut_prompt(encoded.prompt, room, self.tokenizer.bos_token_id)
         return Prompt(encoded.messages, ids, encoded.room)
 
     def terms(self, encoded: Prompt | Rollout) -> int:
@@ -202,7 +202,7 @@ class Ppo(Noting):
         with _unpacked(self.model):
             answers = generation.generate(
                 self.model,
-                [prompt.ids for prompt in prompts],
+                [prompt.prompt for prompt in prompts],
                 ends,
                 self.settings.max_new_tokens,
                 len(prompts),
@@ -212,7 +212,7 @@ class Ppo(Noting):
         ended = [answer.ended for answer in answers]
         judged = self._judge([prompt.messages for prompt in prompts], texts, ended)
         sequences = [
-            Encoded(prompt.ids, answer.chosen) for prompt, answer in zip(prompts, answers, strict=True)
+            Encoded(prompt.prompt, answer.chosen) for prompt, answer in zip(prompts, answers, strict=True)
         ]
         return Said(sequences, ended, judged)
 

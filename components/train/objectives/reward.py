@@ -23,6 +23,7 @@ class Reward(Noting):
 
     task: Task = "reward"
     measures = pairs.MEASURES
+    rounding = pairs.ROUNDING
 
     def __init__(self, folder: Path, settings: RewardObjective, dropout: float | None = None) -> None:
         super().__init__()

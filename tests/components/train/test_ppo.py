@@ -218,7 +218,9 @@ def test_a_step_goes_over_its_answers_as_often_as_asked(tiny_causal):
     for epoch in range(3):
         seen = [each for turn in turns[2 * epoch : 2 * epoch + 2] for micro in turn for each in micro]
         assert sorted(map(id, seen)) == sorted({id(each) for each in seen}) and len(seen) == 6
-        assert sorted(tuple(each.prompt) for each in seen) == sorted(tuple(prompt.ids) for prompt in prompts)
+        assert sorted(tuple(each.prompt) for each in seen) == sorted(
+            tuple(prompt.prompt) for prompt in prompts
+        )
 
 
 def test_an_answer_that_was_cut_earns_less(tiny_causal):
@@ -248,7 +250,7 @@ def test_drawn_tokens_have_the_frequencies_of_the_softmax(tiny_causal):
     config = settings_for()
     objective = ppo(tiny_causal, config)
     objective.model.set_attn_implementation("eager")
-    prompt = objective.encode(rows(1)[0]).ids
+    prompt = objective.encode(rows(1)[0]).prompt
     torch.manual_seed(3)
     answers = generation.generate(objective.model, [prompt] * 2000, {0}, 1, 500, temperature=1.0)
     with torch.no_grad():
