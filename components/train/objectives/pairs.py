@@ -14,9 +14,9 @@ from components.train.objectives.config import PairMargin
 
 log = logging.getLogger("tuneyard.train")
 _SHOWN = 5
-# The loss of a pair is of a difference of two sums over all tokens of an answer, so their rounding adds up: on
-# Gemma 3 270M in bfloat16 three short pairs one by one and together were 1.9% apart. An example that sees its
-# neighbour moves such a sum by nats, the loss by half of it and more.
+# The loss of a pair is of a difference of two sums over all tokens of an answer, so their rounding adds up:
+# on Gemma 3 270M in bfloat16 three short pairs one by one and together were 1.9% apart. An example that sees
+# its neighbour moves such a sum by nats, the loss by half of it and more.
 ROUNDING = 6.0
 # Of a history row: how often the chosen answer has the higher reward, and the rewards in nats.
 MEASURES = ("pair_accuracy", "reward_margin", "reward_chosen", "reward_rejected")

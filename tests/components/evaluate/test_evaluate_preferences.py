@@ -10,7 +10,8 @@ import torch
 
 from components.evaluate import pairs
 from components.evaluate.config import EvaluateConfig
-from components.evaluate.evaluate import evaluate
+from components.evaluate.evaluate import evaluate, read_tests, task_of
+from components.evaluate.slices.share import Share
 from components.register.compare import default_metric
 from components.shared import chat, jsonl, rewards
 from components.shared.errors import TuneyardError
@@ -20,6 +21,7 @@ from components.train import train as stage
 from components.train.config import TrainConfig
 from tests.components.evaluate.conftest import example as example_of
 from tests.components.evaluate.conftest import make_tokenizer
+from tests.tiny import tiny_gemma
 
 KIND = ("合同", "欠款", "押金", "加班", "离婚", "酒驾")
 
@@ -36,7 +38,7 @@ def preference(number, write):
 
 
 @pytest.fixture(scope="session")
-def base(tmp_path_factory, make_gemma):
+def base(tmp_path_factory):
     """Folder of a random Gemma that knows the characters of these examples."""
     folder = tmp_path_factory.mktemp("preference-base")
     texts = [
@@ -44,7 +46,7 @@ def base(tmp_path_factory, make_gemma):
         *(" ".join(f"{matter}{n}" for n in range(40)) for matter in KIND),
     ]
     tokenizer = make_tokenizer(texts)
-    make_gemma(len(tokenizer)).save_pretrained(folder)
+    tiny_gemma(len(tokenizer)).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
 
@@ -79,11 +81,23 @@ def line(tmp_path, base, monkeypatch):
         context.out.mkdir(parents=True)
         inputs = {side: data[side] for side in ("train", "test")}
         inputs["model"] = Artifact(SimpleNamespace(digest="m" * 64), model)
-        judged = evaluate(EvaluateConfig(gates=gates or {}, max_new_tokens=8), inputs, context)
+        judging = EvaluateConfig(gates=gates or {}, max_new_tokens=8, per_device_batch_size=4)
+        judged = evaluate(judging, inputs, context)
         document = json.loads((context.out / "evaluation" / "evaluation.json").read_text())
+        _same_in_slices(judging, inputs, context, document)
         return trained, SimpleNamespace(result=judged, document=document, out=context.out), model
 
     return go
+
+
+def _same_in_slices(config, inputs, context, document):
+    """Whatever is judged in three shares has the numbers that it has in one."""
+    task, tests = task_of(inputs, config), read_tests(inputs)
+    parts = [task.take(config, tests, inputs, context, Share(number, 3)) for number in (1, 2, 3)]
+    systems = task.judge(config, tests, inputs, context, parts).systems
+    for name, system in systems.items():
+        for metric in ("pair_accuracy", "pair_margin_nats", "reward", "kl_nats", "win_rate", "loss"):
+            assert system.get(metric) == document["systems"][name].get(metric), (name, metric)
 
 
 def rows_of(count, start=0):
@@ -142,7 +156,7 @@ def _log_likelihood(model, tokenizer, example, name):
     return float(sum(logits[len(prompt) - 1 + i, token] for i, token in enumerate(answer)))
 
 
-def test_a_reward_model_and_then_ppo_against_it(line, make_gemma):
+def test_a_reward_model_and_then_ppo_against_it(line):
     rows = rows_of(32)
     _, found, judge = line(
         "reward",
