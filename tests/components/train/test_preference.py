@@ -119,10 +119,42 @@ def test_dpo_is_the_papers_formula_on_whole_logits(tiny_causal, case):
     ours = objective.summed_loss(encoded, smoothing)
     found = torch.autograd.grad(ours, weights)
     # Ours is float32 and the base's part was rounded to it: six figures of sums of some twenty nats.
-    assert float(ours) == pytest.approx(float(expected), rel=1e-4)
+    assert float(ours.detach()) == pytest.approx(float(expected), rel=1e-4)
     assert abs(float(expected) - 6 * math.log(2)) > 0.01 or case == "ipo"
     for one, other in zip(found, exact, strict=True):
         torch.testing.assert_close(one, other.float(), rtol=2e-3, atol=2e-4)
+
+
+@pytest.mark.parametrize("loss", ["sigmoid", "ipo"])
+def test_dpo_is_that_of_trl(tiny_causal, tmp_path, loss):
+    from datasets import Dataset
+    from transformers import AutoModelForCausalLM
+    from trl import DPOConfig, DPOTrainer
+
+    objective = dpo(tiny_causal, beta=0.3, loss=loss)
+    encoded = prepared(objective)
+    moved(objective.model)
+    arguments = DPOConfig(
+        output_dir=str(tmp_path), beta=0.3, loss_type=[loss], report_to=[], use_cpu=True, bf16=False
+    )
+    trainer = DPOTrainer(
+        AutoModelForCausalLM.from_pretrained(tiny_causal, dtype=torch.float32),
+        args=arguments,
+        processing_class=objective.tokenizer,
+        train_dataset=Dataset.from_list(
+            [{k: r[k] for k in ("prompt", "chosen", "rejected")} for r in rows(6)]
+        ),
+    )
+    trainer.model.eval()  # its reference stays the base
+    trainer.model.load_state_dict(objective.model.state_dict())
+    batch = trainer.data_collator(
+        [{"prompt_ids": p.prompt, "chosen_ids": p.chosen, "rejected_ids": p.rejected} for p in encoded]
+    )
+    theirs = trainer.compute_loss(trainer.model, batch)
+    ours = objective.summed_loss(encoded, 0.0) / len(encoded)
+    # Both float32; sums of some tens of log-probabilities in another order.
+    assert float(ours.detach()) == pytest.approx(float(theirs.detach()), rel=1e-4)
+    assert abs(float(theirs.detach()) - math.log(2)) > 0.01
 
 
 @pytest.mark.parametrize("bias", [False, True])
