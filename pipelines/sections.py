@@ -8,7 +8,10 @@ from typing import Any
 from components.evaluate.config import METRICS, metrics_of
 from components.register.config import BETTER
 from components.shared import examples, tasks
+from components.train.adapters.config import KINDS as ADAPTERS
 
+# Tasks whose models evaluate opens with an adapter beside their base.
+_BESIDE = ("causal-lm", "classification")
 # Each compares the compressed model with the tuned one.
 _OF_COMPRESSION = ("accuracy_drop_points", "throughput_ratio", "size_ratio")
 
@@ -28,12 +31,7 @@ def misfits(raw: Mapping[str, Any]) -> Iterator[tuple[tuple[str, ...], str]]:
     usual = trait.adapter if trait else "full"
     adapter = train.get("adapter") or usual
     kind = adapter.get("kind", usual) if isinstance(adapter, dict) else adapter
-    if _has(raw, "deploy") and kind == "lora" and not _has(raw, "compress"):
-        # What the server would need to put an adapter on its base is a training library.
-        yield (
-            ("deploy",),
-            "needs a compress section, which merges the adapter: the model server takes whole models",
-        )
+    yield from _beside_its_base(raw, kind if isinstance(kind, str) else "", trait)
     if trait is None:
         return
     given = ingest.get("format")
@@ -52,6 +50,34 @@ def misfits(raw: Mapping[str, Any]) -> Iterator[tuple[tuple[str, ...], str]]:
         hardware.get("nodes", 1) != 1 or hardware.get("gpus_per_node", 0) not in (0, 1)
     ):
         yield ("hardware",), "ppo trains in one process yet: nodes: 1, and gpus_per_node 0 or 1"
+
+
+def _beside_its_base(
+    raw: Mapping[str, Any], kind: str, trait: tasks.Trait | None
+) -> Iterator[tuple[tuple[str, ...], str]]:
+    """What cannot be done with a model whose adapter is, or stays, beside its base."""
+    adapter = ADAPTERS.get(kind)
+    if adapter is None:
+        return
+    if _has(raw, "deploy") and not adapter.beside and adapter.frozen and not _has(raw, "compress"):
+        # What the server would need to put an adapter on its base is a training library.
+        yield (
+            ("deploy",),
+            "needs a compress section, which merges the adapter: the model server takes whole models",
+        )
+    if not adapter.beside:
+        return
+    merged = ", ".join(name for name, other in ADAPTERS.items() if other.frozen and not other.beside)
+    for stage, what in (
+        ("compress", "there is nothing to merge or export"),
+        ("deploy", "the model server takes whole models"),
+    ):
+        if _has(raw, stage):
+            todo = f"drop this section, or choose an adapter that merges ({merged})"
+            yield (stage,), f"adapter {kind} stays beside its base, and {what}; {todo}"
+    if trait is not None and trait.task not in _BESIDE:
+        what = f"adapter {kind} stays beside its base, and evaluate opens such a {trait.task} model not yet"
+        yield ("train", "adapter"), f"{what}; choose {merged} or full"
 
 
 def _not_there_yet(raw: Mapping[str, Any], task: tasks.Task) -> Iterator[tuple[tuple[str, ...], str]]:

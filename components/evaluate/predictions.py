@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from components.shared import clock
+from components.shared import clock, opening
+from components.shared.store import Store
 
 # From padded arrays [batch, longest] by input name to logits [batch, classes].
 Forward = Callable[[dict[str, Any]], Any]
@@ -120,14 +121,12 @@ def run(
     return Timed(sorted(of), np.concatenate(outputs)[np.argsort(of)], seconds, single_seconds)
 
 
-def torch_classifier(folder: Path) -> Forward:
-    """The float32 PyTorch model of a folder, logits out."""
+def torch_classifier(folder: Path, store: Store) -> Forward:
+    """The float32 PyTorch model of a folder, logits out; `store` is where an adapter's base may be."""
     import torch
     from transformers import AutoModelForSequenceClassification
 
-    model = AutoModelForSequenceClassification.from_pretrained(
-        folder, dtype=torch.float32, local_files_only=True, use_safetensors=True
-    ).eval()
+    model = opening.tuned(folder, store, AutoModelForSequenceClassification)
 
     def forward(batch: dict[str, Any]) -> Any:
         with torch.inference_mode():

@@ -52,10 +52,13 @@ class ModelCard(BaseModel):
 
     Args:
         task: what it does; see shared/tasks.py.
-        layout: `transformers` (a whole model in safetensors), `peft` (an adapter beside a base) or `onnx`
-            (model.onnx, int8, with the tokenizer files).
+        layout: `transformers` (a whole model in safetensors), `peft` (an adapter that can be merged into its
+            base), `addon` (one that stays beside it, see shared/addons.py) or `onnx` (model.onnx, int8, with
+            the tokenizer files).
         base_model: what it was tuned from.
         reward_model: what judged its answers in training; None for none.
+        quantised: what the base's layers were held in while the adapter was trained; None for no less than
+            they are stored in.
         labels: class names in logit order; empty for causal models.
         max_length_tokens: longer inputs are cut (and counted) before the model sees them.
         template_probe: chat.probe of the tokenizer; None for classification.
@@ -67,9 +70,10 @@ class ModelCard(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
     task: Task
-    layout: Literal["transformers", "peft", "onnx"]
+    layout: Literal["transformers", "peft", "addon", "onnx"]
     base_model: BaseModelRef
     reward_model: BaseModelRef | None = None
+    quantised: Literal["nf4"] | None = None
     labels: list[str] = []
     max_length_tokens: int
     template_probe: dict[str, Any] | None = None

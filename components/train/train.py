@@ -18,7 +18,7 @@ from components.shared.stage import Artifact, Context, Result
 from components.train import checkpoint, job, keeping, saving, selfcheck
 from components.train.adapters.applying import apply_adapter, weight_counts
 from components.train.config import TrainConfig
-from components.train.data import Ledger, fit_lengths
+from components.train.data import Ledger, fit_lengths, total_steps
 from components.train.fit import Fit, fit
 from components.train.objectives.base import Objective
 from components.train.objectives.config import PpoObjective
@@ -186,7 +186,7 @@ def train_here(
     precision = causal.preferred_precision(config.precision)
     objective.prepare([*encoded["train"], *encoded["eval"]], partial(autocast, precision))
     _adapt(objective, config)
-    moving, total = weight_counts(objective, config)
+    moving, total = weight_counts(objective, config, total_steps(len(encoded["train"]), config))
     base = _reference(config.base_model, context, config.revision)
     objective.start()
     checked = selfcheck.check(objective, encoded["train"], rows["train"], precision)

@@ -54,6 +54,22 @@ def test_every_shipped_pipeline_loads():
         (GOOD + "deploy:\n", "line 6: deploy: needs a register section"),
         (GOOD + "register: false\ndeploy:\n", "line 7: deploy: needs a register section"),
         (GOOD + "register:\ndeploy:\n", "line 7: deploy: needs a compress section, which merges the adapter"),
+        (
+            GOOD + "  adapter: houlsby\nregister:\ncompress:\ndeploy:\n",
+            "line 8: compress: adapter houlsby stays beside its base, and there is nothing to merge or "
+            "export; drop this section, or choose an adapter that merges (lora, qlora, ia3)",
+        ),
+        (
+            GOOD + "  adapter: {kind: prompt}\nregister:\ndeploy:\n",
+            "line 8: deploy: adapter prompt stays beside its base, and the model server takes whole models",
+        ),
+        (GOOD + "  adapter: {kind: ia3}\nregister:\ndeploy:\n", "deploy: needs a compress section"),
+        (
+            GOOD + "  adapter: prefix\n  gradient_checkpointing: true\n",
+            "gradient_checkpointing cannot go with adapter prefix",
+        ),
+        (GOOD + "  adapter: {kind: lastlayers}\n", "did you mean last_layers?"),
+        (GOOD + "  adapter: {kind: progressive, untill: 0.3}\n", "no such setting; did you mean until?"),
         (GOOD + "split: {ratios: [0.5, 0.1, 0.1]}\n", "must be positive and sum to 1"),
         (
             GOOD.replace("sft", "classification").replace("source:", "format: prompt-completion, source:"),

@@ -182,3 +182,9 @@ def choose_attention(objective: Objective, max_length: int) -> None:
         packed.use(objective.model)
     elif max_length <= _PLAIN_ATTENTION_TOKENS:
         objective.model.set_attn_implementation("eager")
+
+
+def stop_packing(model: Any, max_length: int) -> None:
+    """Switch a model that packs back to padded rows: a soft prompt is read once at the start of a row."""
+    if packed.possible(model) and packed.used(model):
+        model.set_attn_implementation("eager" if max_length <= _PLAIN_ATTENTION_TOKENS else "sdpa")

@@ -63,4 +63,4 @@ def open_objective(
 
 def held_in(config: TrainConfig) -> causal.Precision:
     """What the weights of a causal model are held in: those that move, and all with them, in float32."""
-    return causal.preferred_precision(config.precision) if config.adapter.kind == "lora" else "float32"
+    return causal.preferred_precision(config.precision) if config.adapter.frozen else "float32"
