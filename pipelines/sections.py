@@ -44,6 +44,12 @@ def misfits(raw: Mapping[str, Any]) -> Iterator[tuple[tuple[str, ...], str]]:
             f"objective {name} needs {' or '.join(trait.formats)} data (it is {given!r})",
         )
     yield from _strange_metrics(raw, trait.task, given if given in trait.formats else trait.formats[0])
+    yield from _dead_settings(train)
+    hardware = _section(raw, "hardware")
+    if trait is tasks.OBJECTIVES["ppo"] and (
+        hardware.get("nodes", 1) != 1 or hardware.get("gpus_per_node", 0) not in (0, 1)
+    ):
+        yield ("hardware",), "ppo trains in one process yet: nodes: 1, and gpus_per_node 0 or 1"
 
 
 def _beside_its_base(
@@ -83,6 +89,22 @@ def _not_yet(raw: Mapping[str, Any], task: tasks.Task) -> Iterator[tuple[tuple[s
     if _has(raw, "deploy") and task not in tasks.SERVED:
         what = f"the model server does not serve {task} models; drop this section, and register it"
         yield ("deploy",), what
+
+
+def _dead_settings(train: Mapping[str, Any]) -> Iterator[tuple[tuple[str, ...], str]]:
+    """Settings of train that its objective would not look at."""
+    objective, adapter = (_section(train, name) for name in ("objective", "adapter"))
+    kind = objective.get("kind", train.get("objective"))
+    if objective.get("loss") == "ipo" and train.get("label_smoothing"):
+        yield ("train", "label_smoothing"), "loss ipo has no labels; drop it, or set loss: sigmoid"
+    if kind != "ppo":
+        return
+    why = "ppo computes without dropout, or its ratio of new to old probability would be noise; drop it"
+    for at, section in ((("train",), train), (("train", "adapter"), adapter)):
+        if section.get("dropout"):
+            yield (*at, "dropout"), why
+    if train.get("gradient_checkpointing"):
+        yield ("train", "gradient_checkpointing"), "ppo keeps its activations; drop it"
 
 
 def _strange_metrics(
@@ -128,6 +150,8 @@ def fill_in(raw: dict[str, Any]) -> None:
     if trait.stratify_by and isinstance(raw.setdefault("split", {}), dict):
         # A file that says `stratify_by: null` wants none.
         raw["split"].setdefault("stratify_by", trait.stratify_by)
+    if trait.group_by and isinstance(raw.setdefault("split", {}), dict):
+        raw["split"].setdefault("group_by", trait.group_by)
     if columns:
         ingest["columns"] = _our_names_first(columns, ingest["format"])
     split = _section(raw, "split")

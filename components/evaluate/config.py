@@ -9,37 +9,36 @@ from pydantic import Field, model_validator
 from components.shared.settings import Settings
 
 _COSTS = ("latency_p50_ms", "latency_p95_ms", "texts_per_second", "memory_gib")
+_OF_ANSWERS = (
+    "loss",
+    "loss_reduction",
+    "perplexity",
+    "exact_match",
+    "rouge_l",
+    "rouge_l_gain",
+    "bleu",
+    "statute_citation_accuracy",
+    "latency_p50_ms",
+    "latency_p95_ms",
+    "tokens_per_second",
+    "memory_gib",
+)
 # What a gate may be set on, by the task of a model (ModelCard.task); where that does not decide, also by the
 # dataset type that judges it: see `metrics_of`.
 METRICS: dict[str, tuple[str, ...]] = {
-    "causal-lm": (
-        "loss",
-        "loss_reduction",
-        "perplexity",
-        "exact_match",
-        "rouge_l",
-        "rouge_l_gain",
-        "bleu",
-        "statute_citation_accuracy",
+    "causal-lm": _OF_ANSWERS,
+    "causal-lm by preference": (*_OF_ANSWERS, "pair_accuracy", "pair_margin_nats"),
+    "causal-lm by prompt-only": (
+        "reward",
+        "reward_gain",
+        "win_rate",
+        "kl_nats",
         "latency_p50_ms",
         "latency_p95_ms",
         "tokens_per_second",
         "memory_gib",
     ),
-    "seq2seq": (
-        "loss",
-        "loss_reduction",
-        "perplexity",
-        "exact_match",
-        "rouge_l",
-        "rouge_l_gain",
-        "bleu",
-        "statute_citation_accuracy",
-        "latency_p50_ms",
-        "latency_p95_ms",
-        "tokens_per_second",
-        "memory_gib",
-    ),
+    "seq2seq": _OF_ANSWERS,
     "masked-lm": (
         "loss",
         "loss_reduction",
@@ -57,6 +56,7 @@ METRICS: dict[str, tuple[str, ...]] = {
         "tokens_per_second",
         "memory_gib",
     ),
+    "reward": ("pair_accuracy", "pair_margin_nats", "texts_per_second", "memory_gib"),
     "classification": (
         "accuracy",
         "macro_f1",

@@ -17,7 +17,10 @@ from components.evaluate import (
     gates,
     masked,
     page,
+    preferences,
     retrieval,
+    reward_gain,
+    reward_pairs,
     scores,
     seq2seq,
     several,
@@ -85,17 +88,22 @@ def evaluate(config: EvaluateConfig, inputs: Mapping[str, Artifact], context: Co
 
 
 def task_of(inputs: Mapping[str, Artifact], config: EvaluateConfig) -> Any:
-    """What judges a model of this task by these tests: its `take` does a share, its `judge` reads all shares.
+    """What judges a model of this task by these tests: `take` does a share, `judge` reads all of them.
 
     Raises:
         TuneyardError: a gate is on a metric that this task has not.
     """
     task = ModelCard.read(inputs["model"].path).task
-    kind = examples.kind(next(iter(jsonl.read(inputs["test"].path / "examples.jsonl")), {}))
+    first = next(jsonl.read(inputs["test"].path / "examples.jsonl"), None)
+    kind = examples.kind(first) if first else ""
     gates.refuse_unknown(config.gates, task, kind)
     match task, kind:
         case "causal-lm", "language-modeling":
             return documents
+        case "causal-lm", "preference":
+            return preferences
+        case "causal-lm", "prompt-only":
+            return reward_gain
         case "causal-lm", _:
             return answers
         case "masked-lm", _:
@@ -112,6 +120,8 @@ def task_of(inputs: Mapping[str, Artifact], config: EvaluateConfig) -> Any:
             return retrieval
         case "multi-task", _:
             return several
+        case "reward", _:
+            return reward_pairs
 
 
 def read_tests(inputs: Mapping[str, Artifact]) -> list[dict[str, Any]]:

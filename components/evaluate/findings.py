@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 # Numbers that compare two systems: they need no prefix to say whose they are.
-_COMPARISONS = ("loss_reduction", "rouge_l_gain")
+_COMPARISONS = ("loss_reduction", "rouge_l_gain", "reward_gain", "win_rate", "kl_nats")
 _SHORT = {"tfidf_logreg": "tfidf"}
 
 

@@ -27,6 +27,12 @@ _METRICS: dict[str, tuple[str, str, int]] = {
     "masked_accuracy": ("Hidden tokens named right", "{:.1%}", 1),
     "exact_match": ("Exact match", "{:.1%}", 1),
     "statute_citation_accuracy": ("Statute cited as in the reference", "{:.1%}", 1),
+    "pair_accuracy": ("Chosen answer above the rejected one", "{:.1%}", 1),
+    "pair_margin_nats": ("Chosen above rejected, nats", "{:+.3f}", 1),
+    "reward": ("Reward of the answers", "{:.3f}", 1),
+    "reward_gain": ("Reward above the base's", "{:+.3f}", 1),
+    "win_rate": ("Answers with a higher reward than the base's", "{:.1%}", 1),
+    "kl_nats": ("Distance from the base, nats an answer", "{:.2f}", -1),
     "accuracy": ("Accuracy", "{:.2%}", 1),
     "macro_f1": ("Macro F1", "{:.3f}", 1),
     "auc": ("AUC, one against the rest", "{:.4f}", 1),
@@ -55,7 +61,7 @@ _METRICS: dict[str, tuple[str, str, int]] = {
     "memory_gib": ("Peak memory, GiB", "{:.2f}", -1),
 }
 _ORDER = (
-    *("base", "tuned", "compressed", "tfidf_logreg"),
+    *("base", "tuned", "compressed", "tfidf_logreg", "likelier", "longer"),
     *("tfidf_ridge", "tfidf", "dictionary", "train_mean", "commonest"),
 )
 

@@ -8,10 +8,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from components.evaluate import generation, resources
+from components.evaluate import resources
 from components.evaluate.config import EvaluateConfig
 from components.evaluate.slices.share import Part, Share, joined, rows
-from components.shared import causal, chat
+from components.shared import causal, chat, generation
 from components.shared.causal import Encoded
 from components.shared.errors import TuneyardError
 from components.shared.modelcard import ModelCard

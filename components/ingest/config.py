@@ -26,6 +26,21 @@ class Normalise(Settings):
     trim: bool = True
 
 
+class Winner(Settings):
+    """Pairs as judges write them down: two answers, and a column that says which one won.
+
+    A row whose column says something else (a tie, both bad) is no preference: it goes to quarantine as
+    `no_winner`, for which validate.budget may forgive a share.
+
+    Args:
+        column: that says who won.
+        answers: what it says -> the column of the answer that has then won; two of them.
+    """
+
+    column: str
+    answers: dict[str, str] = Field(min_length=2, max_length=2)
+
+
 class IngestConfig(Settings):
     """What to read and how to see it as examples.
 
@@ -36,6 +51,7 @@ class IngestConfig(Settings):
         format: dataset type; inferred from `columns` or the objective when absent.
         columns: field -> column of the source. Absent fields are read from a column of their own name; null
             leaves an optional field out.
+        winner: how `chosen` and `rejected` are found in a corpus that has two answers and a verdict.
         keep: further columns to carry along under `extra` (group_by, stratify_by).
         revision: of a Hugging Face data set.
         normalise: see Normalise.
@@ -45,6 +61,7 @@ class IngestConfig(Settings):
     test_source: str | None = None
     format: examples.DatasetType = "prompt-completion"
     columns: dict[str, str | None] = Field(default_factory=dict)
+    winner: Winner | None = None
     keep: list[str] = Field(default_factory=list)
     revision: str = "main"
     normalise: Normalise = Normalise()
@@ -61,6 +78,11 @@ class IngestConfig(Settings):
             raise ValueError(
                 f"columns: {unknown} are no fields of {self.format}; its fields are {list(known)}"
             )
+        if self.winner and self.format != "preference":
+            raise ValueError(f"winner: belongs to preference data (the format is {self.format})")
+        named = sorted({"chosen", "rejected"} & set(self.columns))
+        if self.winner and named:
+            raise ValueError(f"columns: {named} are what winner finds; drop them, or drop winner")
         needed = [f for f in examples.REQUIRED[self.format] if self.columns.get(f, f) is None]
         if needed:
             raise ValueError(f"columns: {self.format} cannot do without {needed}; name their columns")

@@ -9,7 +9,7 @@ import unicodedata
 from collections.abc import Mapping
 from typing import Any
 
-from components.ingest.config import Normalise
+from components.ingest.config import Normalise, Winner
 from components.ingest.reading import Fault
 from components.shared import examples
 
@@ -161,6 +161,23 @@ def _moved(edge: int, before: str, how: Normalise) -> int:
     untrimmed = how.model_copy(update={"trim": False})
     lead = len(before) - len(before.lstrip()) if how.trim else 0
     return len(normalise(before[:edge], untrimmed)) - len(normalise(before[: min(lead, edge)], untrimmed))
+
+
+def decided(row: Mapping[str, Any], winner: Winner) -> Mapping[str, Any] | Fault:
+    """A row with `chosen` and `rejected` as its verdict says, or why it says nothing."""
+    if winner.column not in row:
+        seen = sorted(map(str, row))[:12]
+        return Fault("missing_field", "chosen", f"no column {winner.column!r}; the row has {seen}")
+    verdict = str(row[winner.column])
+    if verdict not in winner.answers:
+        return Fault("no_winner", winner.column, f"{verdict[:40]!r}, none of {list(winner.answers)}")
+    lacking = [column for column in winner.answers.values() if column not in row]
+    if lacking:
+        return Fault(
+            "missing_field", "chosen", f"no column {lacking}; the row has {sorted(map(str, row))[:12]}"
+        )
+    loser = next(column for said, column in winner.answers.items() if said != verdict)
+    return {**row, "chosen": row[winner.answers[verdict]], "rejected": row[loser]}
 
 
 def field_value(

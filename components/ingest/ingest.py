@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from components.ingest.config import IngestConfig
-from components.ingest.fields import field_value
+from components.ingest.fields import decided, field_value
 from components.ingest.reading import Fault, data_suffix, read
 from components.shared import digest, examples, jsonl, sources
 from components.shared.errors import StageStopped, TuneyardError
@@ -30,6 +30,11 @@ _SPLIT = re.compile(r"(?<![a-z])(train|test)(?:ing)?(?![a-z])")
 
 def to_example(row: Mapping[str, Any], config: IngestConfig) -> dict[str, Any] | Fault:
     """A row of the source as an example without origin, or why it cannot be one."""
+    if config.winner is not None:
+        found = decided(row, config.winner)
+        if isinstance(found, Fault):
+            return found
+        row = found
     example: dict[str, Any] = {}
     original: dict[str, Any] = {}
     for name in examples.fields(config.format):

@@ -20,6 +20,8 @@ _OVER_ALL_EXAMPLES = {
     "accuracy",
     "macro_f1",
     "auc",
+    "pair_accuracy",
+    "pair_margin_nats",
 }
 _USUAL = {
     "causal-lm": "loss",
@@ -30,6 +32,7 @@ _USUAL = {
     "embedding": "mrr",
     "multi-task": "mean_score",
 }
+_BY_REWARD_MODEL = {"reward", "reward_gain", "win_rate"}
 _BY_TOKEN = {"loss", "perplexity", "loss_reduction", "masked_accuracy"}
 
 
@@ -42,7 +45,7 @@ class Judged:
         digest: of its model manifest.
         metrics: of the model that ships.
         judged_on: `test` (digest), `left_out` (digest of the ids that did not fit), `task`, `base_model`
-            (fingerprint), `answered`, `max_new_tokens`.
+            (fingerprint), `reward_model` (fingerprint), `answered`, `max_new_tokens`.
     """
 
     version: int
@@ -69,8 +72,16 @@ class Comparison:
         return asdict(self)
 
 
-def default_metric(task: str) -> str:
-    """What models of a task are compared by when the pipeline file does not say."""
+def default_metric(task: str, metrics: Mapping[str, Any]) -> str:
+    """What models of a task are compared by when the pipeline file does not say.
+
+    Args:
+        task: of the model.
+        metrics: what its evaluation has; preferences and rewards, where it has them, are what it is for.
+    """
+    for purpose in ("pair_accuracy", "reward"):
+        if purpose in metrics:
+            return purpose
     return _USUAL.get(task, "accuracy")
 
 
@@ -118,6 +129,8 @@ def incomparable(metric: str, one: Mapping[str, Any], other: Mapping[str, Any]) 
     generated answers need the same examples answered at the same length.
     """
     keys = {"test": "test set", "left_out": "part of it", "task": "task"}
+    if metric in _BY_REWARD_MODEL:
+        keys["reward_model"] = "reward model"
     if metric in _BY_TOKEN:
         keys["base_model"] = "base model (its tokens are not the same)"
     if metric not in _OVER_ALL_EXAMPLES:

@@ -37,6 +37,11 @@ BETTER: dict[str, Literal["lower", "higher"]] = {
     "mrr": "higher",
     "mean_score": "higher",
     "worst_score": "higher",
+    "pair_accuracy": "higher",
+    "pair_margin_nats": "higher",
+    "reward": "higher",
+    "reward_gain": "higher",
+    "win_rate": "higher",
 }
 
 

@@ -35,7 +35,7 @@ def register(config: RegisterConfig, inputs: Mapping[str, Artifact], context: Co
     model, evaluation = inputs["model"], inputs["evaluation"]
     card = ModelCard.read(model.path)
     verdict = read_verdict(model, evaluation, card)
-    metric = _known_metric(config.compare_by or default_metric(card.task), verdict)
+    metric = _known_metric(config.compare_by or default_metric(card.task, verdict.metrics), verdict)
     stages = identity.lineage({"shipped": model.manifest, "evaluation": evaluation.manifest}, context.store)
     made = registry.register_version(
         name,

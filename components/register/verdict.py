@@ -57,6 +57,7 @@ def read_verdict(model: Artifact, evaluation: Artifact, card: ModelCard) -> Verd
         "left_out": digest.of_value(document.get("truncated", {}).get("left_out", [])),
         "task": card.task,
         "base_model": card.base_model.fingerprint,
+        "reward_model": card.reward_model.fingerprint if card.reward_model else None,
         "answered": document.get("answered"),
         "max_new_tokens": document.get("max_new_tokens"),
     }

@@ -7,17 +7,21 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 _seconds = 0.0
+_inside = 0
 
 
 @contextmanager
 def arithmetic() -> Iterator[None]:
-    """Count what is inside as model arithmetic (forward, backward, optimizer). Not to be nested."""
-    global _seconds
+    """Count what is inside as model arithmetic (forward, backward, optimizer); nested, once."""
+    global _inside, _seconds
     started = time.perf_counter()
+    _inside += 1
     try:
         yield
     finally:
-        _seconds += time.perf_counter() - started
+        _inside -= 1
+        if not _inside:
+            _seconds += time.perf_counter() - started
 
 
 def arithmetic_seconds() -> float:

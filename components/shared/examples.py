@@ -39,7 +39,7 @@ OPTIONAL: dict[str, tuple[str, ...]] = {
     "prompt-completion": ("system", "reasoning"),
     "conversational": ("tools",),
     "prompt-only": ("system",),
-    "preference": ("system",),
+    "preference": ("system", "chosen_score", "rejected_score"),
     "text-pair": ("negative",),
 }
 # What a field holds; text where it is not named here.
@@ -47,6 +47,8 @@ NOT_TEXT: dict[str, Literal["messages", "tools", "number", "spans"]] = {
     "messages": "messages",
     "tools": "tools",
     "score": "number",
+    "chosen_score": "number",
+    "rejected_score": "number",
     "entities": "spans",
 }
 
@@ -68,12 +70,16 @@ def kind(example: Mapping[str, Any]) -> str:
 
 
 def messages(example: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """A prompt-completion or conversational example as chat messages; the last one is the assistant's."""
+    """An example as chat messages; the last one is the assistant's: of a preference, the chosen answer."""
     if "messages" in example:
         return list(example["messages"])
+    answer = example["chosen"] if "chosen" in example else example["completion"]
+    return [*asked(example), {"role": "assistant", "content": answer}]
+
+
+def asked(example: Mapping[str, Any]) -> list[dict[str, str]]:
+    """The chat messages of an example before its answer."""
+    if "messages" in example:
+        return list(example["messages"])[:-1]
     system = [{"role": "system", "content": example["system"]}] if example.get("system") else []
-    return [
-        *system,
-        {"role": "user", "content": example["prompt"]},
-        {"role": "assistant", "content": example["completion"]},
-    ]
+    return [*system, {"role": "user", "content": example["prompt"]}]

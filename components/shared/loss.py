@@ -109,6 +109,72 @@ def summed_cross_entropy(
     return _function().apply(hidden, head.weight, head.bias, targets, cap, label_smoothing)
 
 
+def token_cross_entropy(hidden: Any, head: Any, cap: float, targets: Any) -> Any:
+    """Cross-entropy of each token, differentiable in `hidden` and in the head's weight and bias.
+
+    For losses that weigh whole answers, when the weight of a token is known only after all were seen: what
+    the hidden states get is computed in the forward pass and scaled in the backward pass, and what the head
+    gets, if it moves, is computed in the backward pass from logits that are made again.
+
+    Args:
+        hidden: [n, width].
+        head: the vocabulary projection (a Linear), computed in its own dtype.
+        cap: the model's soft cap of logits; 0 for none.
+        targets: [n] token ids.
+
+    Returns:
+        [n] float32; equals torch's cross_entropy(reduction="none") on whole logits.
+    """
+    import torch
+
+    if not torch.is_grad_enabled():
+        return token_nats(hidden, head, cap, targets)
+    return _token_function().apply(hidden, head.weight, head.bias, targets, cap)
+
+
+def _token_function() -> Any:
+    import torch
+
+    class TokenCrossEntropy(torch.autograd.Function):
+        """Keeps the gradient of the hidden states [n, width], never that of the logits."""
+
+        @staticmethod
+        def forward(ctx: Any, hidden: Any, weight: Any, bias: Any, targets: Any, cap: float) -> Any:
+            nats = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
+            grad_hidden = torch.empty_like(hidden)
+            projection = _Projection(weight, bias, len(targets))
+            for start in range(0, len(targets), CHUNK_TOKENS):
+                at = slice(start, start + CHUNK_TOKENS)
+                products = projection.products(hidden[at].to(weight.dtype))
+                nats[at], sums = _losses_and_gradient(projection, products, targets[at], 0.0, cap)
+                grad_hidden[at] = torch.mm(products, weight) / sums
+            ctx.cap = cap
+            ctx.save_for_backward(hidden, weight, bias, targets, grad_hidden)
+            return nats
+
+        @staticmethod
+        def backward(ctx: Any, *grads: Any) -> Any:
+            hidden, weight, bias, targets, grad_hidden = ctx.saved_tensors
+            scale = grads[0][:, None]
+            grad_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
+            grad_bias = torch.zeros_like(bias) if bias is not None and ctx.needs_input_grad[2] else None
+            if grad_weight is not None or grad_bias is not None:
+                projection = _Projection(weight, bias, len(targets))
+                for start in range(0, len(targets), CHUNK_TOKENS):
+                    at = slice(start, start + CHUNK_TOKENS)
+                    states = hidden[at].to(weight.dtype)
+                    products = projection.products(states)
+                    _, sums = _losses_and_gradient(projection, products, targets[at], 0.0, ctx.cap)
+                    share = scale[at] / sums
+                    if grad_weight is not None:
+                        grad_weight += products.T @ (states * share).to(weight.dtype)
+                    if grad_bias is not None:
+                        grad_bias += (products * share).sum(0)
+            return grad_hidden * scale.to(grad_hidden.dtype), grad_weight, grad_bias, None, None
+
+    return TokenCrossEntropy
+
+
 def _function() -> Any:
     import torch
 
@@ -128,8 +194,8 @@ def _function() -> Any:
                 at = slice(start, start + CHUNK_TOKENS)
                 states = hidden[at].to(weight.dtype)
                 products = projection.products(states)
-                loss, sums = _loss_and_gradient(projection, products, targets[at], smoothing, cap)
-                total += loss
+                losses, sums = _losses_and_gradient(projection, products, targets[at], smoothing, cap)
+                total += losses.sum()
                 grad_hidden[at] = torch.mm(products, weight) / sums
                 if grad_weight is not None:
                     grad_weight += products.T @ (states / sums).to(weight.dtype)
@@ -146,29 +212,29 @@ def _function() -> Any:
     return SummedCrossEntropy
 
 
-def _loss_and_gradient(
+def _losses_and_gradient(
     projection: _Projection, products: Any, targets: Any, smoothing: float, cap: float
 ) -> tuple[Any, Any]:
-    """Summed loss; the products become its gradient with respect to themselves, but for a factor in each row.
+    """Loss of each token; the products become its gradient over themselves, but for a factor in each row.
 
     The factor, one over the sum of a row's exponentials, is left to the caller, who has narrower rows to
     divide. The gradient is rounded once, at the end: one minus the probability of a token that is learned
     must not be lost in bfloat16.
 
     Returns:
-        The loss, and the sums [n, 1] in float32.
+        The losses [n], and the sums [n, 1], in float32.
     """
     import torch
 
-    loss, sums = torch.zeros((), device=products.device), []
+    losses, sums = [], []
     for _, logits, float32, some in projection.blocks(products, targets):
         slope = 1 - (float32 / cap).tanh() ** 2 if cap else None
         mean = (torch.tanh(float32 / cap) * cap if cap else float32).mean(-1) if smoothing else 0.0
         at_target, highest, total = _exponentials(float32, some, cap)
-        loss += (total.log() + highest - (1 - smoothing) * at_target - smoothing * mean).sum()
+        losses.append(total.log() + highest - (1 - smoothing) * at_target - smoothing * mean)
         if smoothing:
             float32.sub_((smoothing / float32.shape[-1]) * total[:, None])
         float32.scatter_add_(1, some[:, None], -(1 - smoothing) * total[:, None])
         logits.copy_(float32 if slope is None else float32.mul_(slope))
         sums.append(total)
-    return loss, torch.cat(sums)[:, None]
+    return torch.cat(losses), torch.cat(sums)[:, None]

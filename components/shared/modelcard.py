@@ -57,6 +57,7 @@ class ModelCard(BaseModel):
             base), `addon` (one that stays beside it, see shared/addons.py) or `onnx` (model.onnx, int8, with
             the tokenizer files).
         base_model: what it was tuned from.
+        reward_model: what judged its answers in training; None for none.
         quantised: what the base's layers were held in while the adapter was trained; None for no less than
             they are stored in.
         labels: class names (of a token-classification model its tags) in logit order; empty where there are
@@ -76,6 +77,7 @@ class ModelCard(BaseModel):
     task: Task
     layout: Literal["transformers", "peft", "addon", "onnx"]
     base_model: BaseModelRef
+    reward_model: BaseModelRef | None = None
     quantised: Literal["nf4"] | None = None
     labels: list[str] = []
     scale: Scale | None = None

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from components.shared import digest
+from components.shared import digest, registered
 from components.shared.errors import TuneyardError
 from components.shared.store import Store, split_uri
 
@@ -18,11 +18,13 @@ _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
 def kind_of(uri: str) -> str:
-    """`s3`, `local` or `hub`: an s3:// prefix, an existing path or glob, else a Hugging Face id.
+    """`registered`, `s3`, `local` or `hub`: models:/, an s3:// prefix, a path or glob, a Hugging Face id.
 
     Raises:
         TuneyardError: neither an existing path nor of the form of a Hugging Face id.
     """
+    if uri.startswith(registered.SCHEME):
+        return "registered"
     if uri.startswith("s3://"):
         return "s3"
     if uri.startswith(("/", "./", "../", "~")) or any(c in uri for c in "*?[") or Path(uri).exists():
@@ -30,7 +32,8 @@ def kind_of(uri: str) -> str:
     if _HUB_ID.fullmatch(uri):
         return "hub"
     raise TuneyardError(
-        f"{uri!r} is no s3:// prefix, path, glob or Hugging Face id", "correct it in the pipeline file"
+        f"{uri!r} is no models:/ name, s3:// prefix, path, glob or Hugging Face id",
+        "correct it in the pipeline file",
     )
 
 
@@ -75,7 +78,7 @@ def fingerprint(uri: str, store: Store, repo_type: str, revision: str = "main") 
     """A digest of the content that a URI names at this moment; a model must also be one that can be used.
 
     Args:
-        uri: s3:// prefix, local path or glob, or Hugging Face id.
+        uri: models:/ name, s3:// prefix, local path or glob, or Hugging Face id.
         store: gives the S3 client.
         repo_type: `dataset` or `model`.
         revision: of a Hugging Face id.
@@ -85,7 +88,11 @@ def fingerprint(uri: str, store: Store, repo_type: str, revision: str = "main") 
     """
     kind = kind_of(uri)
     content: list[Any]
-    if kind == "s3":
+    if kind == "registered":
+        version = registered.manifest(uri, store)
+        content = [version.digest]
+        names = [entry.path for entry in version.files]
+    elif kind == "s3":
         objects = store.list_prefix(uri)
         content = [[o["key"], o["size"], o["etag"]] for o in objects]
         folder = split_uri(uri)[1].rstrip("/") + "/"
@@ -126,7 +133,9 @@ def model_folder(uri: str, store: Store, revision: str = "main") -> Path:
         TuneyardError: nothing is there, or it has no config.json or no safetensors.
     """
     kind = kind_of(uri)
-    if kind == "s3":
+    if kind == "registered":
+        folder = registered.folder(uri, store)
+    elif kind == "s3":
         folder = store.get_prefix(uri)
     elif kind == "local":
         folder = Path(os.path.expanduser(uri)).resolve()

@@ -20,6 +20,7 @@ Task = Literal[
     "token-classification",
     "embedding",
     "multi-task",
+    "reward",
 ]
 ObjectiveKind = Literal[
     "sft",
@@ -31,6 +32,9 @@ ObjectiveKind = Literal[
     "token-classification",
     "contrastive",
     "multi-task",
+    "dpo",
+    "reward",
+    "ppo",
 ]
 # What compress can make smaller, and what the model server answers with.
 COMPRESSED: tuple[Task, ...] = ("causal-lm", "classification")
@@ -47,6 +51,7 @@ class Trait:
         adapter: which weights move where a pipeline file says nothing.
         splits: whether train.over_length may be `split`, which it then is where a pipeline file says nothing.
         stratify_by: field whose shares all sides keep where a pipeline file says nothing; None for none.
+        group_by: field whose equal values stay on one side where a pipeline file says nothing; None for none.
         smooths: whether train.label_smoothing means anything to it.
     """
 
@@ -55,6 +60,7 @@ class Trait:
     adapter: Literal["lora", "full"] = "full"
     stratify_by: str | None = None
     splits: bool = False
+    group_by: str | None = None
     smooths: bool = True
 
 
@@ -68,6 +74,10 @@ OBJECTIVES: dict[str, Trait] = {
     "token-classification": Trait("token-classification", ("tagged-text",)),
     "contrastive": Trait("embedding", ("text-pair",), smooths=False),
     "multi-task": Trait("multi-task", ("task-text",), stratify_by="task"),
+    # By prompt: the same two answers, judged the other way round, must not stand on two sides.
+    "dpo": Trait("causal-lm", ("preference",), adapter="lora", group_by="prompt"),
+    "reward": Trait("reward", ("preference",), adapter="lora", group_by="prompt"),
+    "ppo": Trait("causal-lm", ("prompt-only",), adapter="lora", smooths=False),
 }
 
 

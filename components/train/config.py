@@ -24,7 +24,7 @@ class TrainConfig(Settings):
 
     Args:
         objective: what is optimised, by name or with its own settings; see objectives/config.py.
-        base_model: s3:// prefix, local folder or Hugging Face id.
+        base_model: s3:// prefix, local folder, Hugging Face id or registered model (models:/name@champion).
         revision: of a Hugging Face id.
         adapter: which weights move, by name or with its own settings; see adapters/config.py. Absent: what is
             usual for the objective, lora for sft and full for classification.
@@ -83,8 +83,8 @@ class TrainConfig(Settings):
     seed: int = 42
 
     def external_uris(self) -> list[str]:
-        """The base model."""
-        return [self.base_model]
+        """The base model, and whatever else the objective reads."""
+        return [self.base_model, *self.objective.external_uris()]
 
     @model_validator(mode="before")
     @classmethod
@@ -119,20 +119,20 @@ class TrainConfig(Settings):
         return self
 
     @model_validator(mode="after")
-    def _keys_kept(self) -> TrainConfig:
-        if self.gradient_checkpointing and self.adapter.kind in ("prefix", "p_tuning_v2"):
-            raise ValueError(
-                f"gradient_checkpointing cannot go with adapter {self.adapter.kind}: a layer that is "
-                "computed again is given no keys from outside; drop one"
-            )
-        return self
-
-    @model_validator(mode="after")
     def _smoothing(self) -> TrainConfig:
         if self.label_smoothing and not tasks.OBJECTIVES[self.objective.kind].smooths:
             raise ValueError(
                 f"label_smoothing ({self.label_smoothing:g}) means nothing to {self.objective.kind}, "
                 "which has no labels; drop it"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _keys_kept(self) -> TrainConfig:
+        if self.gradient_checkpointing and self.adapter.kind in ("prefix", "p_tuning_v2"):
+            raise ValueError(
+                f"gradient_checkpointing cannot go with adapter {self.adapter.kind}: a layer that is "
+                "computed again is given no keys from outside; drop one"
             )
         return self
 

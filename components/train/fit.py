@@ -89,7 +89,7 @@ class Ongoing:
             return False
         return self.done % every == 0 or self.done == total
 
-    def judge(self, config: TrainConfig, loss: float) -> None:
+    def judge(self, config: TrainConfig, loss: float, notes: Mapping[str, float]) -> None:
         """Take note of an evaluation, and of what it does to best weights and patience."""
         row, state = self.state.history[-1], self.state
         if not math.isfinite(loss):
@@ -99,7 +99,7 @@ class Ongoing:
             )
         stopping = config.early_stopping
         with interrupts.held():
-            row["eval_loss"] = loss
+            row |= {"eval_loss": loss, **notes}
             improved = loss < state.best_loss - (stopping.min_delta if stopping else 0)
             state.stale = 0 if improved else state.stale + 1
             state.stopped_early = bool(stopping and state.stale >= stopping.patience)
@@ -181,7 +181,7 @@ def fit(
     with _saved_when_interrupted(save):
         while True:
             if now.due(every, len(steps)):
-                now.judge(config, judge())
+                now.judge(config, judge(), objective.judged_notes())
             report(now.state.history, False)
             if now.done == len(steps) or now.state.stopped_early:
                 break

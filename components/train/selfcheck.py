@@ -53,6 +53,7 @@ def check(
     found: dict[str, float] = {}
     limits: dict[str, float] = {}
     with _calm(objective.model), clock.arithmetic(), autocast(precision):
+        chosen = list(objective.rehearsed(chosen))
         together, gradient = _loss(objective, objective.summed_loss, [chosen])
         if objective.separable:
             alone, split = _loss(objective, objective.summed_loss, [[e] for e in chosen])
@@ -63,7 +64,7 @@ def check(
                 plain, expected = _loss(objective, objective.plain_loss, [chosen])
             found["plain_loss"] = _relative(plain, together)
             found["plain_gradient"] = _distance(expected, gradient)
-    limits = {name: (_GRADIENT if name.endswith("gradient") else _LOSS)[precision] for name in found}
+    limits = {name: objective.rounding * _limit(name, precision) for name in found}
     faults = [
         f"{_MEANING[name]}: they differ by {value:.2%}, rounding explains {limits[name]:.2%}"
         for name, value in found.items()
@@ -86,6 +87,10 @@ _MEANING = {
     "plain_loss": "our loss, and transformers' logits under PyTorch's cross-entropy, padded and masked",
     "plain_gradient": "the gradient of our loss, and of PyTorch's cross-entropy on transformers' logits",
 }
+
+
+def _limit(name: str, precision: causal.Precision) -> float:
+    return (_GRADIENT if name.endswith("gradient") else _LOSS)[precision]
 
 
 def _chosen(encoded: Sequence[Any]) -> list[Any]:

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from components.shared import causal, drift, jsonl, sources, tracking
 from components.shared.errors import StageStopped
-from components.shared.modelcard import BaseModelRef
+from components.shared.modelcard import BaseModelRef, ModelCard
 from components.shared.stage import Artifact, Context, Result
 from components.train import checkpoint, job, keeping, saving, selfcheck
 from components.train.adapters.applying import apply_adapter, weight_counts
@@ -21,9 +21,11 @@ from components.train.config import TrainConfig
 from components.train.data import Ledger, fit_lengths, total_steps
 from components.train.fit import Fit, fit
 from components.train.objectives.base import Objective
+from components.train.objectives.config import PpoObjective
 from components.train.objectives.opening import open_objective
 from components.train.ranks import ALONE, Ranks
 from components.train.trainjob import ASKED, Nodes
+from components.train.update import autocast
 
 log = logging.getLogger("tuneyard.train")
 
@@ -50,15 +52,41 @@ def _seed(seed: int) -> None:
 
 
 def _open(config: TrainConfig, train: Sequence[Mapping[str, Any]], context: Context) -> Objective:
-    """The base model with its objective and adapter."""
+    """The base model with its objective."""
     folder = sources.model_folder(config.base_model, context.store, config.revision)
-    objective = open_objective(config, train, folder)
+    judging = config.objective.reward_model if isinstance(config.objective, PpoObjective) else None
+    reward_folder = sources.model_folder(judging, context.store) if judging else None
+    return open_objective(config, train, folder, reward_folder)
+
+
+def _reference(uri: str, context: Context, revision: str = "main") -> BaseModelRef:
+    """What a URI names now."""
+    found = sources.fingerprint(uri, context.store, "model", revision)
+    return BaseModelRef(uri=uri, fingerprint=found, revision=revision)
+
+
+def _card(
+    objective: Objective,
+    config: TrainConfig,
+    base: BaseModelRef,
+    weights: tuple[int, int],
+    run_id: str,
+    context: Context,
+) -> ModelCard:
+    """The card of the trained model, with what judged its answers."""
+    card = saving.card(objective, config, base, weights, run_id)
+    if not isinstance(config.objective, PpoObjective):
+        return card
+    return card.model_copy(update={"reward_model": _reference(config.objective.reward_model, context)})
+
+
+def _adapt(objective: Objective, config: TrainConfig) -> None:
+    """Put the adapter on."""
     apply_adapter(objective, config)
     if config.gradient_checkpointing:
         objective.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         if hasattr(objective.model, "enable_input_require_grads"):
             objective.model.enable_input_require_grads()
-    return objective
 
 
 def _track(
@@ -92,9 +120,8 @@ def _fit_tracked(
     ended: Literal["FINISHED", "FAILED", "KILLED"] = "FAILED"
     try:
         with tracking.system_metrics(run_id):
-            precision = causal.preferred_precision(config.precision)
             folder = context.work / "checkpoints"
-            result = fitting(sides["train"], sides["eval"], config, precision, folder, report)
+            result = fitting(sides["train"], sides["eval"], config, folder=folder, report=report)
         tracking.log_metrics(run_id, {"eval_loss": result.base_loss})  # as step 0 of the curve
         ended = "FINISHED"
     except KeyboardInterrupt:
@@ -156,13 +183,12 @@ def train_here(
     judged = sorted(objective.usable(rows["eval"]), key=lambda row: row["id"])
     rows["eval"] = judged[: config.eval_examples]
     encoded, ledgers = _encode(objective, rows, config)
-    moving, total = weight_counts(objective, config, total_steps(len(encoded["train"]), config))
-    base = BaseModelRef(
-        uri=config.base_model,
-        fingerprint=sources.fingerprint(config.base_model, context.store, "model", config.revision),
-        revision=config.revision,
-    )
     precision = causal.preferred_precision(config.precision)
+    objective.prepare([*encoded["train"], *encoded["eval"]], partial(autocast, precision))
+    _adapt(objective, config)
+    moving, total = weight_counts(objective, config, total_steps(len(encoded["train"]), config))
+    base = _reference(config.base_model, context, config.revision)
+    objective.start()
     checked = selfcheck.check(objective, encoded["train"], rows["train"], precision)
     facts = {"trainable_weights": moving, "total_weights": total, "base_fingerprint": base.fingerprint}
     run_id = ""
@@ -171,11 +197,11 @@ def train_here(
     context.work.mkdir(parents=True, exist_ok=True)
     (context.work / "mlflow_run").write_text(run_id)
     log.info("train: %d examples, %d of %d weights move", len(encoded["train"]), moving, total)
-    fitting = partial(fit, objective, ranks=ranks, saved=saved)
+    fitting = partial(fit, objective, precision=precision, ranks=ranks, saved=saved)
     result = _fit_tracked(fitting, encoded, config, context, run_id)
     if not ranks.writes:
         return Result(kinds={})
-    card = saving.card(objective, config, base, (moving, total), run_id)
+    card = _card(objective, config, base, (moving, total), run_id, context)
     card = card.model_copy(update={"reference": drift.of_training(encoded["train"], rows["train"])})
     saving.save(objective, config, card, context.out / "model")
     return saving.describe(result, ledgers, card, context, run_id, checked)

@@ -74,7 +74,7 @@ def timed_update(
     number: int,
     batches: Sequence[Sequence[Any]],
 ) -> None:
-    """Update `number` (from 0) of `total`, and take note of it in the same breath.
+    """Step `number` (from 0) of `total`, and take note of it in the same breath.
 
     Args:
         objective: with its model.
@@ -90,12 +90,17 @@ def timed_update(
     ranks.seed(config.seed, number)
     unfreezing.thaw(objective.model, config.adapter, number, total)
     began = time.monotonic()
-    row = {"step": number + 1, "learning_rate": learning_rate(number, total, config)}
-    row |= gradients(objective, batches, config, precision, ranks)
-    tokens = sum(len(e) for micro in batches for e in micro)
-    with interrupts.held():
-        step(optimizer, row["learning_rate"])
-        note(row, tokens, time.monotonic() - began)
+    rate = learning_rate(number, total, config)
+    tokens = sum(objective.tokens(e) for micro in batches for e in micro)
+    rows: list[dict[str, float]] = []
+    with contextlib.ExitStack() as whole:
+        for turn in objective.turns(batches, partial(autocast, precision)):
+            rows.append(gradients(objective, turn, config, precision, ranks))
+            if len(rows) == 1:
+                whole.enter_context(interrupts.held())
+            step(optimizer, rate)
+        means = {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]}
+        note({"step": number + 1, "learning_rate": rate, **means}, tokens, time.monotonic() - began)
 
 
 def gradients(
@@ -111,7 +116,7 @@ def gradients(
     one batch however the terms are spread over them, and over processes.
 
     Returns:
-        loss, grad_norm (before clipping) and the objective's own notes.
+        loss (nats), grad_norm (before clipping) and the objective's own notes.
 
     Raises:
         TuneyardError: the loss is not finite.

@@ -80,6 +80,7 @@ def table(dataset_type: str, examples: Rows) -> pd.DataFrame:
         "tagged-text": _tagged,
         "text-pair": _paired,
         "task-text": _tasked,
+        "preference": _preferred,
     }
     columns |= measured.get(dataset_type, partial(_fields, dataset_type))(examples)
     for name in dict.fromkeys(name for row in examples for name in row.get("extra") or {}):
@@ -110,6 +111,31 @@ def _answered(dataset_type: str, examples: Rows) -> dict[str, list[Any]]:
     columns["completion_markup"] = [len(_MARKUP.findall(answer)) for answer in answers]
     columns["completion_at_limit"] = _at_limit(answers, examples)
     return columns
+
+
+def _preferred(examples: Rows) -> dict[str, list[Any]]:
+    columns = _fields("preference", examples)
+    prompts = [json.dumps([row.get("system"), row.get("prompt")], ensure_ascii=False) for row in examples]
+    chosen, rejected = ([_text(value) for value in columns[name]] for name in ("chosen", "rejected"))
+    pairs = Counter(zip(prompts, chosen, rejected, strict=True))
+    columns["opposite_verdicts"] = [
+        pairs[prompt, worse, better] if better != worse else 0
+        for prompt, better, worse in zip(prompts, chosen, rejected, strict=True)
+    ]
+    columns["chosen_longer"] = [
+        float(len(better) > len(worse)) + 0.5 * (len(better) == len(worse))
+        for better, worse in zip(chosen, rejected, strict=True)
+    ]
+    columns["score_lead"] = [
+        row["chosen_score"] - row["rejected_score"] if _both_scores(row) else None for row in examples
+    ]
+    columns["chosen_markup"] = [len(_MARKUP.findall(answer)) for answer in chosen]
+    columns["chosen_at_limit"] = _at_limit(chosen, examples)
+    return columns
+
+
+def _both_scores(row: Mapping[str, Any]) -> bool:
+    return all(isinstance(row.get(name), int | float) for name in ("chosen_score", "rejected_score"))
 
 
 def _fields(dataset_type: str, examples: Rows) -> dict[str, list[Any]]:

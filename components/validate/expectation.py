@@ -13,6 +13,14 @@ MAX_LABEL_CHARACTERS = 200
 # With fewer, the test side has one or two, and the class's F1 is a coin toss.
 MIN_LABEL_EXAMPLES = 10
 READABLE = r"[^\W_]"
+# Whole values that stand for "nobody filled this in", and the refusals of a chat bot that wrote the corpus.
+# A plain "none" or "无" is not here: it is the right answer of many extraction tasks.
+PLACEHOLDERS = (
+    r"(?i)^\W*(?:todo|tbd|fixme|xxx+|null|nan|undefined|object object|n/?a|placeholder|lorem ipsum.*)\W*$",
+    r"^\W*(?:略|暂无|待定|待补充|待填写|待完善|占位符?|此处填写.*)\W*$",
+    r"(?i)\bas an ai (?:language )?(?:model|assistant)\b",
+    r"作为(?:一个|一名)?\s?(?:AI|人工智能)\s?(?:语言)?(?:模型|助手)",
+)
 
 Severity = Literal["fail", "warn"]
 

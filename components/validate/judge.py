@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from components.shared.errors import TuneyardError
 from components.validate import catalogue
-from components.validate.suite import Expectation
+from components.validate.expectation import Expectation
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -9,11 +9,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from components.shared import examples
-from components.validate import columns, encoder_suite
+from components.validate import columns, encoder_suite, preferences
 from components.validate.expectation import (
     MAX_LABEL_CHARACTERS,
     MIN_LABEL_EXAMPLES,
     MOSTLY,
+    PLACEHOLDERS,
     Expectation,
     uncut,
     written,
@@ -38,14 +39,6 @@ MAX_SHARED_ANSWER = 0.90
 DAMAGED = (
     "\ufffd|\u951f\u65a4\u62f7|\u00e2\u20ac[\u2122\u0153\u02dc\u0161\u201c\u201d\u00a6\u00a2]"
     "|\u00c3[\u0080-\u00bf]|\u00ef\u00bb\u00bf"
-)
-# Whole values that stand for "nobody filled this in", and the refusals of a chat bot that wrote the corpus.
-# A plain "none" or "无" is not here: it is the right answer of many extraction tasks.
-PLACEHOLDERS = (
-    r"(?i)^\W*(?:todo|tbd|fixme|xxx+|null|nan|undefined|object object|n/?a|placeholder|lorem ipsum.*)\W*$",
-    r"^\W*(?:略|暂无|待定|待补充|待填写|待完善|占位符?|此处填写.*)\W*$",
-    r"(?i)\bas an ai (?:language )?(?:model|assistant)\b",
-    r"作为(?:一个|一名)?\s?(?:AI|人工智能)\s?(?:语言)?(?:模型|助手)",
 )
 # `calls`: the assistant calls tools, whose results follow.
 ROLES = (
@@ -85,6 +78,10 @@ def of(dataset_type: str, table: pd.DataFrame) -> list[Expectation]:
             found += encoder_suite.pairs(table["negative"].notna().any())
         case "task-text":
             found += encoder_suite.tasks()
+        case "preference":
+            found += preferences.of_pairs()
+        case "prompt-only":
+            found += preferences.of_prompts()
     return [*found, _repeated(dataset_type)]
 
 

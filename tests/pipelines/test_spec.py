@@ -139,11 +139,15 @@ evaluate:
 
 OF_COMPRESSION = ("accuracy_drop_points", "throughput_ratio", "size_ratio")
 TEXTS = GOOD.replace("{prompt: q, completion: a}", "{text: t}")
+PAIRS = GOOD.replace("{prompt: q, completion: a}", "{prompt: q}")
 # A pipeline file for a key of METRICS whose data are no plain texts.
 OF_METRICS = {
     "causal-lm": GOOD,
     "causal-lm by language-modeling": TEXTS.replace("sft", "language-modeling"),
     "seq2seq": GOOD.replace("sft", "seq2seq"),
+    "causal-lm by preference": PAIRS.replace("sft", "dpo"),
+    "causal-lm by prompt-only": PAIRS.replace("sft", "{kind: ppo, reward_model: ./judge}"),
+    "reward": PAIRS.replace("sft", "reward"),
 }
 
 
@@ -227,6 +231,43 @@ def test_classification_is_stratified_by_label_unless_the_file_says_otherwise(tm
 def test_a_resolved_pipeline_is_a_pipeline_file(tmp_path, text):
     spec = load(write(tmp_path, text))
     assert load(write(tmp_path, yaml.safe_dump(spec.resolved()))) == spec
+
+
+@pytest.mark.parametrize(
+    ("objective", "more", "expected"),
+    [
+        ("reward", "compress:\n", "line 6: compress: there is no smaller form of a reward model yet"),
+        ("reward", "register:\ndeploy:\n", "line 7: deploy: the model server does not answer with a reward"),
+        (
+            "dpo",
+            "evaluate: {gates: {reward: {min: 1}}}\n",
+            "reward: no metric of a causal-lm model on preference",
+        ),
+        ("{kind: dpo, loss: ipo}", "  label_smoothing: 0.1\n", "label_smoothing: loss ipo has no labels"),
+        ("{kind: dpo, loss: ipo, score_weight: 1}", "", "mean nothing to loss ipo"),
+        ("ppo", "", "train.objective.reward_model: Field required"),
+        ("PPO", "  dropout: 0.1\n", "train.dropout: ppo computes without dropout"),
+        ("PPO", "  adapter: {kind: lora, dropout: 0.1}\n", "train.adapter.dropout: ppo computes without"),
+        ("PPO", "  gradient_checkpointing: true\n", "gradient_checkpointing: ppo keeps its activations"),
+        ("PPO", "  label_smoothing: 0.1\n", "label_smoothing (0.1) means nothing to ppo"),
+        ("PPO", "hardware: {nodes: 2, gpus_per_node: 1}\n", "hardware: ppo trains in one process yet"),
+    ],
+)
+def test_what_preferences_cannot_do_is_said_before_anything_runs(tmp_path, objective, more, expected):
+    said = objective.replace("PPO", "{kind: ppo, reward_model: ./judge}")
+    path = write(tmp_path, PAIRS.replace("sft", said) + more)
+    with pytest.raises(SpecError) as caught:
+        load(path)
+    assert expected in str(caught.value)
+
+
+def test_pairs_with_one_prompt_stay_on_one_side_unless_the_file_says_otherwise(tmp_path):
+    def grouped(text):
+        return load(write(tmp_path, text)).split.group_by
+
+    assert grouped(PAIRS.replace("sft", "dpo")) == grouped(PAIRS.replace("sft", "reward")) == "prompt"
+    assert grouped(PAIRS.replace("sft", "dpo") + "split: {group_by: null}\n") is None
+    assert grouped(GOOD) is None
 
 
 def test_all_faults_come_at_once(tmp_path):

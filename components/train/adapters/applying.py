@@ -34,6 +34,7 @@ _PEFT_TASKS = {
     "classification": "SEQ_CLS",
     "regression": "SEQ_CLS",
     "multi-task": "SEQ_CLS",
+    "reward": "SEQ_CLS",
     "token-classification": "TOKEN_CLS",
     "embedding": "FEATURE_EXTRACTION",
 }

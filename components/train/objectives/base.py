@@ -26,6 +26,7 @@ class Objective:
         labels: class names in logit order; empty where there are none.
         own_weights: names of weights that the objective itself adds to the model; they move with any adapter.
         separable: whether the loss of a batch is the sum over its examples, each by itself.
+        rounding: how many times further than a sum of token losses the loss moves by rounding.
         plain_loss: the same as `summed_loss` by the book, slow and obvious; None where that is the same.
     """
 
@@ -35,6 +36,7 @@ class Objective:
     labels: Sequence[str] = ()
     own_weights: tuple[str, ...] = ()
     separable: bool = True
+    rounding: float = 1.0
     plain_loss: Callable[[Sequence[Any], float], Any] | None = None
 
     @property
@@ -113,8 +115,32 @@ class Objective:
         """
         return {}
 
+    def tokens(self, encoded: Any) -> int:
+        """How many tokens the model reads for an example."""
+        return len(encoded)
+
+    def prepare(self, encoded: Sequence[Any], arithmetic: Arithmetic) -> None:
+        """Called once with all examples while the model still is the base, before the adapter is on it."""
+
+    def start(self) -> None:
+        """Called before the first update, with the adapter on the model."""
+
+    def rehearsed(self, examples: Sequence[Any]) -> Sequence[Any]:
+        """What `summed_loss` will see of these train examples, for the self-check: mostly themselves."""
+        return examples
+
+    def turns(
+        self, batches: Sequence[Sequence[Any]], arithmetic: Arithmetic
+    ) -> Iterable[Sequence[Sequence[Any]]]:
+        """Micro-batches of each optimizer update that a step is made of: one, of the examples as they are."""
+        return [batches]
+
     def notes(self) -> dict[str, float]:
         """What the last update says for the history, by name."""
+        return {}
+
+    def judged_notes(self) -> dict[str, float]:
+        """What the last evaluation on eval says for the history, by name."""
         return {}
 
     def card_facts(self) -> dict[str, Any]:

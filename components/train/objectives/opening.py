@@ -13,31 +13,44 @@ from components.train.objectives.classification import Classification, class_wei
 from components.train.objectives.config import (
     ClassificationObjective,
     ContrastiveObjective,
+    DpoObjective,
     LanguageModelingObjective,
     MaskedLanguageModelingObjective,
     MultiTaskObjective,
+    PpoObjective,
     RegressionObjective,
+    RewardObjective,
     Seq2SeqObjective,
     SftObjective,
     TokenClassificationObjective,
 )
 from components.train.objectives.contrastive import Contrastive
+from components.train.objectives.dpo import Dpo
 from components.train.objectives.language_modeling import LanguageModeling
 from components.train.objectives.masked_language_modeling import MaskedLanguageModeling
 from components.train.objectives.multi_task import MultiTask, heads_of
+from components.train.objectives.pairs import refuse_without_scores
+from components.train.objectives.ppo import Ppo, judge_of
 from components.train.objectives.regression import Regression, scale_of
+from components.train.objectives.reward import Reward
 from components.train.objectives.seq2seq import Seq2Seq
 from components.train.objectives.sft import Sft
 from components.train.objectives.token_classification import TokenClassification, entity_labels
 
 
-def open_objective(config: TrainConfig, rows: Sequence[Mapping[str, Any]], folder: Path) -> Objective:
+def open_objective(
+    config: TrainConfig,
+    rows: Sequence[Mapping[str, Any]],
+    folder: Path,
+    reward_folder: Path | None = None,
+) -> Objective:
     """The objective over the base model in `folder`; every weight as the base has it.
 
     Args:
         config: settings.
         rows: the train examples, which tell labels.
         folder: of the base model.
+        reward_folder: of the reward model, where the objective has one.
 
     Raises:
         StageStopped: the examples do not fit the objective (fewer than two labels, one score for all).
@@ -66,6 +79,16 @@ def open_objective(config: TrainConfig, rows: Sequence[Mapping[str, Any]], folde
         case MultiTaskObjective():
             found = heads_of(rows, config.objective)
             objective = MultiTask(folder, config.objective, found, config.learning_rate, config.dropout)
+        case DpoObjective():
+            refuse_without_scores(rows, config.objective)
+            objective = Dpo(folder, held_in(config), config.objective, config.dropout)
+        case RewardObjective():
+            refuse_without_scores(rows, config.objective)
+            objective = Reward(folder, config.objective, config.dropout)
+        case PpoObjective():
+            assert reward_folder is not None  # whoever reads the pipeline file gives it with this objective
+            judge, inside = judge_of(reward_folder), config.adapter.kind == "lora"
+            objective = Ppo(folder, held_in(config), config.objective, judge, inside)
     choose_attention(objective, config.max_length)
     return objective
 

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from components.evaluate.generation import generate
+from components.shared.generation import generate
 from tests.tiny import tiny_gemma
 
 PROMPTS = [[5, 9, 7], list(range(4, 44)), [11] * 12, [30, 31, 32, 33, 34], [8]]

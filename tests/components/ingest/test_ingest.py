@@ -262,3 +262,47 @@ def test_a_row_that_is_no_example_of_an_encoder_is_quarantined(run, tmp_path, fo
     source.write_text(f"{json.dumps(good)}\n{json.dumps(row)}")
     _, kept, (bad,) = run(source, format=form, columns={})
     assert len(kept) == 1 and (bad["line"], bad["field"], bad["reason"]) == (2, field, reason)
+
+
+ARENA = {"question": "q", "a": "one", "b": "other", "win": "model_a"}
+WINNER = {"column": "win", "answers": {"model_a": "a", "model_b": "b"}}
+
+
+def test_a_verdict_says_which_answer_was_chosen_and_a_tie_is_none(run, tmp_path):
+    rows = [ARENA, {**ARENA, "win": "model_b"}, {**ARENA, "win": "tie"}, {**ARENA, "win": None}]
+    rows += [{k: v for k, v in ARENA.items() if k != gone} for gone in ("win", "b")]
+    source = tmp_path / "arena.jsonl"
+    source.write_text("\n".join(map(json.dumps, rows)))
+    result, kept, quarantine = run(
+        source, format="preference", columns={"prompt": "question"}, winner=WINNER, keep=["win"]
+    )
+    assert [(row["prompt"], row["chosen"], row["rejected"]) for row in kept] == [
+        ("q", "one", "other"),
+        ("q", "other", "one"),
+    ]
+    assert [row["reason"] for row in quarantine] == ["no_winner"] * 2 + ["missing_field"] * 2
+    assert "'tie', none of ['model_a', 'model_b']" in quarantine[0]["detail"]
+    assert "no column 'win'" in quarantine[2]["detail"] and "no column ['b']" in quarantine[3]["detail"]
+    assert result.summary["read"] == len(rows)
+
+
+def test_scores_of_a_pair_are_numbers(run, tmp_path):
+    row = {"prompt": "q", "chosen": "one", "rejected": "other", "chosen_score": "4.5", "rejected_score": 2}
+    source = tmp_path / "scored.jsonl"
+    source.write_text("\n".join(map(json.dumps, [row, {**row, "rejected_score": "good"}])))
+    _, kept, quarantine = run(source, format="preference", columns={})
+    assert [(each["chosen_score"], each["rejected_score"]) for each in kept] == [(4.5, 2.0)]
+    assert [each["reason"] for each in quarantine] == ["wrong_type"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "fault"),
+    [
+        ({"format": "prompt-completion"}, "winner: belongs to preference data"),
+        ({"columns": {"chosen": "a"}}, r"columns: \['chosen'\] are what winner finds"),
+        ({"winner": {"column": "win", "answers": {"model_a": "a"}}}, "at least 2 items"),
+    ],
+)
+def test_a_verdict_that_makes_no_sense_is_refused(settings, fault):
+    with pytest.raises(ValueError, match=fault):
+        IngestConfig(**{"source": "s", "format": "preference", "winner": WINNER, **settings})

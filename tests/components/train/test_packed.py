@@ -156,3 +156,12 @@ def _config(size, accumulate):
         per_device_batch_size=size,
         gradient_accumulation_steps=accumulate,
     )
+
+
+def test_a_mask_that_an_evaluation_made_serves_training_too():
+    packed._blocked.cache_clear()
+    with torch.inference_mode():
+        packed._blocked(7, 3)
+    scores = torch.zeros(7, 7, requires_grad=True)
+    scores.masked_fill(packed._blocked(7, 3), -1.0).sum().backward()
+    assert float(scores.grad.sum()) == 1 + 2 + 3 * 5  # what may be seen: a window of three

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import random
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,7 +17,7 @@ from components.train.adapters.applying import apply_adapter
 from components.train.config import TrainConfig
 from components.train.data import fit_lengths, schedule_batches
 from components.train.fit import fit
-from components.train.objectives.base import choose_attention
+from components.train.objectives.base import Objective, choose_attention
 from components.train.objectives.classification import Classification
 from components.train.objectives.sft import Sft
 from components.train.update import gradients as compute
@@ -225,12 +224,13 @@ def test_the_base_stays_as_it_was_under_lora(tiny_causal, tmp_path):
 
 
 def test_a_loss_that_is_not_finite_stops_with_what_to_do():
-    broken = SimpleNamespace(
-        model=torch.nn.Linear(1, 1),
-        packs=False,
-        terms=lambda e: 1,
-        summed_loss=lambda b, s: torch.tensor(math.nan, requires_grad=True),
-    )
+    class Broken(Objective):
+        packs = False
+
+    broken = Broken()
+    broken.model = torch.nn.Linear(1, 1)
+    broken.terms = lambda e: 1
+    broken.summed_loss = lambda b, s: torch.tensor(math.nan, requires_grad=True)
     config = settings_for()
     with pytest.raises(TuneyardError, match="the loss is nan in float32"):
         compute(broken, [[1]], config, "float32")

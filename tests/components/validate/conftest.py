@@ -36,6 +36,11 @@ def make(kind: str, seed: int) -> dict:
                 *({"role": r, "content": c} for r, c in turns),
             ]
         }
+    if kind == "preference":
+        better, worse = (answer, prose(seed + 20_000, 40))[:: 1 if seed % 2 else -1]
+        return {"prompt": question, "chosen": better, "rejected": worse}
+    if kind == "prompt-only":
+        return {"prompt": question, "system": "请回答下列法律问题。"}
     match kind:
         case "scored-text":
             return {"text": answer, "score": 50.0 + seed % 17}

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from components.validate import columns
 from components.validate import validate as stage
 
-KINDS = ("prompt-completion", "conversational", "labelled-text")
+KINDS = ("prompt-completion", "conversational", "labelled-text", "preference", "prompt-only")
 NO_ROWS = {"read": 0, "kept": 0, "quarantined": 0, "fraction": 0.0, "total_budget": 0.01, "over_total": False}
 ACCOUNT = {**NO_ROWS, "reasons": []}
 
@@ -29,7 +29,7 @@ def test_a_healthy_corpus_meets_every_expectation(kind, corpus):
     report = stage.report(kind, corpus(kind), [], ACCOUNT)
     assert report["success"] and not unmet(report)
     assert report["rows"] == 200 and report["duplicates"] == 0
-    assert len(report["expectations"]) >= 15
+    assert len(report["expectations"]) >= (15 if kind != "prompt-only" else 8)
 
 
 def turns(*roles_and_contents):
@@ -37,7 +37,7 @@ def turns(*roles_and_contents):
 
 
 THREE = (3, 4, 5)  # of 200 rows: 1.5%, over the 1% that is forgiven
-PC, CO, LT = KINDS
+PC, CO, LT, PR, PO = KINDS
 BETWEEN, REGEX = "column_values_to_be_between", "column_values_to_match_regex"
 NO_REGEX, LENGTHS = "column_values_to_not_match_regex", "column_value_lengths_to_be_between"
 # What is wrong: (dataset type, line -> changed fields, the expectation that must say so, its columns...)
@@ -76,6 +76,26 @@ DEFECTS = {
     ),
     "contradictory labels": (LT, {n: {"text": "fed sets"} for n in THREE}, BETWEEN, "labels_for_text"),
     "spelling of a label": (LT, {n: {"label": "Acq"} for n in range(3, 40, 3)}, BETWEEN, "label_spellings"),
+    "equal answers": (
+        PR,
+        {n: {"chosen": f"同样的回答{n}", "rejected": f"同样的回答{n}"} for n in THREE},
+        "select_column_values_to_be_unique_within_record",
+        "chosen",
+        "rejected",
+    ),
+    "judged both ways": (
+        PR,
+        {n: {"prompt": "定金？", "chosen": "甲乙"[n % 2], "rejected": "乙甲"[n % 2]} for n in (3, 4, 5)},
+        BETWEEN,
+        "opposite_verdicts",
+    ),
+    "scores against the choice": (
+        PR,
+        {n: {"chosen_score": 1.0, "rejected_score": 2.0} for n in THREE},
+        BETWEEN,
+        "score_lead",
+    ),
+    "placeholder prompts": (PO, {n: {"prompt": "待补充"} for n in THREE}, f"{NO_REGEX}_list", "prompt"),
     "assistant does not end": (
         CO,
         {7: turns(("user", "问"), ("assistant", "答"), ("user", "再问"))},
@@ -250,3 +270,11 @@ def test_results_of_tools_follow_a_call_of_the_assistant(corpus, healthy):
         row["messages"] += [calls, result, last] if healthy else [result, calls, last]
     found = unmet(stage.report(CO, rows, [], ACCOUNT))
     assert not found if healthy else list(found) == [(REGEX, "roles")]
+
+
+def test_pairs_whose_longer_answer_always_wins_warn(corpus):
+    changes = {n: {"chosen": "长" * 300 + str(n), "rejected": f"短{n}"} for n in range(1, 181)}
+    report = stage.report("preference", corpus("preference", changes=changes), [], ACCOUNT)
+    assert report["success"]
+    entry = unmet(report)[("column_mean_to_be_between", "chosen_longer")]
+    assert entry["severity"] == "warn" and float(entry["observed"]) > 0.9

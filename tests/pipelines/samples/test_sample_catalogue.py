@@ -23,6 +23,7 @@ def test_the_promised_samples_are_there() -> None:
         "s3://corpora/legal/consultation/",
         "s3://corpora/legal/statute/",
         "s3://corpora/legal/entities/",
+        "s3://corpora/general/preferences/",
         "s3://corpora/finance/reuters-r8/",
         "s3://models/gemma-3-270m/",
         "s3://models/all-minilm-l6-v2/",

@@ -1,4 +1,4 @@
-"""Greedy answers in batches: what the model would say, token for token, to prompts of any length."""
+"""Answers in batches: what a model says, token for token, to prompts of any length."""
 
 from __future__ import annotations
 
@@ -18,11 +18,18 @@ class Answer:
         tokens: ids without the end token.
         ended: whether the model ended it itself; False when the limit cut it.
         seconds: from the start of its batch to its last token, as a caller in that batch would wait.
+        end: the token that ended it; None when the limit did.
     """
 
     tokens: list[int]
     ended: bool
     seconds: float
+    end: int | None = None
+
+    @property
+    def chosen(self) -> list[int]:
+        """Every token that the model chose, the end token among them."""
+        return self.tokens if self.end is None else [*self.tokens, self.end]
 
 
 def batches(prompts: Sequence[Sequence[int]], per_device_batch_size: int) -> list[list[int]]:
@@ -40,8 +47,9 @@ def generate(
     max_new_tokens: int,
     per_device_batch_size: int,
     done: Callable[[int], None] = lambda count: None,
+    temperature: float = 0.0,
 ) -> list[Answer]:
-    """Answer each prompt greedily, in batches of similar length.
+    """Answer each prompt, in batches of similar length.
 
     Args:
         model: causal model in eval mode, PEFT or not.
@@ -50,6 +58,8 @@ def generate(
         max_new_tokens: longest answer.
         per_device_batch_size: prompts in one forward pass.
         done: called with 1 for each finished answer.
+        temperature: 0 takes the likeliest token; else tokens are drawn, with PyTorch's random state, from the
+            softmax of the logits over this.
 
     Returns:
         One answer for each prompt, in their order. Without rounding differences between batch shapes they
@@ -57,7 +67,8 @@ def generate(
     """
     answers: dict[int, Answer] = {}
     for batch in batches(prompts, per_device_batch_size):
-        found = _answer_batch(model, [prompts[index] for index in batch], end_ids, max_new_tokens, done)
+        asked = [prompts[index] for index in batch]
+        found = _answer_batch(model, asked, end_ids, max_new_tokens, done, temperature)
         answers.update(zip(batch, found, strict=True))
     return [answers[index] for index in range(len(prompts))]
 
@@ -73,15 +84,21 @@ def _left_padded(prompts: Sequence[Sequence[int]], device: Any) -> tuple[Any, An
     return ids, mask
 
 
-def _choose(model: Any, ids: Any, mask: Any, cache: Any) -> list[int]:
-    """The likeliest next token of each row, after reading `ids` [rows, new tokens] on top of the cache."""
+def _choose(model: Any, ids: Any, mask: Any, cache: Any, temperature: float) -> list[int]:
+    """The next token of each row, after reading `ids` [rows, new tokens] on top of the cache."""
+    import torch
+
     # Not model(logits_to_keep=1): that projects a strided slice, and with frozen weights (any PEFT model)
     # PyTorch then copies the vocabulary matrix once for each row: 5 GiB at 16 rows of Gemma 3 270M.
-    body, head, _ = causal.body_and_head(model)
+    body, head, cap = causal.body_and_head(model)
     positions = (mask.cumsum(dim=1) - 1).clamp(min=0)[:, -ids.shape[1] :]
     hidden = body(
         input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
     )[0]
+    if temperature:
+        logits = head(hidden[:, -1].contiguous()).float()
+        logits = torch.tanh(logits / cap) * cap if cap else logits
+        return torch.multinomial((logits / temperature).softmax(-1), 1)[:, 0].tolist()
     # A soft cap would not change which logit is largest. argmax of bfloat16 takes four times as long as max.
     return head(hidden[:, -1].contiguous()).max(dim=-1).indices.tolist()
 
@@ -92,6 +109,7 @@ def _answer_batch(
     end_ids: Container[int],
     max_new_tokens: int,
     done: Callable[[int], None],
+    temperature: float,
 ) -> list[Answer]:
     import torch
     from transformers import DynamicCache
@@ -104,14 +122,15 @@ def _answer_batch(
     live = list(range(len(prompts)))  # row of the batch now -> prompt
     with clock.arithmetic(), torch.inference_mode():
         while live:
-            chosen = _choose(model, ids, mask, cache)
+            chosen = _choose(model, ids, mask, cache, temperature)
             keep = []
             for row, (prompt, token) in enumerate(zip(live, chosen, strict=True)):
                 ended = token in end_ids
                 if not ended:
                     tokens[prompt].append(token)
                 if ended or len(tokens[prompt]) == max_new_tokens:
-                    answers[prompt] = Answer(tokens[prompt], ended, time.perf_counter() - started)
+                    took = time.perf_counter() - started
+                    answers[prompt] = Answer(tokens[prompt], ended, took, token if ended else None)
                     done(1)
                 else:
                     keep.append(row)
