@@ -65,20 +65,6 @@ def open_objective(
             objective = MaskedLanguageModeling(folder, config.objective, config.dropout)
         case Seq2SeqObjective():
             objective = Seq2Seq(folder, config.dropout)
-        case ClassificationObjective():
-            asked = config.objective.class_weights
-            weights = class_weights(rows, asked) if asked else None
-            objective = Classification(folder, labels_of(rows), config.dropout, weights)
-        case RegressionObjective():
-            scale = scale_of([row["score"] for row in rows], "scores")
-            objective = Regression(folder, config.objective, scale, config.dropout)
-        case TokenClassificationObjective():
-            objective = TokenClassification(folder, entity_labels(rows), config.dropout)
-        case ContrastiveObjective():
-            objective = Contrastive(folder, config.objective, config.dropout)
-        case MultiTaskObjective():
-            found = heads_of(rows, config.objective)
-            objective = MultiTask(folder, config.objective, found, config.learning_rate, config.dropout)
         case DpoObjective():
             refuse_without_scores(rows, config.objective)
             objective = Dpo(folder, held_in(config), config.objective, config.dropout)
@@ -89,8 +75,30 @@ def open_objective(
             assert reward_folder is not None  # whoever reads the pipeline file gives it with this objective
             judge, inside = judge_of(reward_folder), config.adapter.kind == "lora"
             objective = Ppo(folder, held_in(config), config.objective, judge, inside)
+        case _:
+            objective = _encoder(config, rows, folder)
     choose_attention(objective, config.max_length)
     return objective
+
+
+def _encoder(config: TrainConfig, rows: Sequence[Mapping[str, Any]], folder: Path) -> Objective:
+    """An objective over an encoder; what it predicts is told by the train examples."""
+    match config.objective:
+        case ClassificationObjective():
+            asked = config.objective.class_weights
+            weights = class_weights(rows, asked) if asked else None
+            return Classification(folder, labels_of(rows), config.dropout, weights)
+        case RegressionObjective():
+            scale = scale_of([row["score"] for row in rows], "scores")
+            return Regression(folder, config.objective, scale, config.dropout)
+        case TokenClassificationObjective():
+            return TokenClassification(folder, entity_labels(rows), config.dropout)
+        case ContrastiveObjective():
+            return Contrastive(folder, config.objective, config.dropout)
+        case MultiTaskObjective():
+            found = heads_of(rows, config.objective)
+            return MultiTask(folder, config.objective, found, config.learning_rate, config.dropout)
+    raise AssertionError(f"no objective {config.objective.kind}")
 
 
 def held_in(config: TrainConfig) -> causal.Precision:

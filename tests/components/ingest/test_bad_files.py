@@ -61,7 +61,7 @@ def test_a_role_that_no_template_renders_goes_to_quarantine(run, tmp_path):
     source = tmp_path / "chats.jsonl"
     said = '{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}'
     source.write_text(
-        f'{{"messages": [{said}]}}\n{{"messages": [{said}, {{"role": "tool", "content": "4"}}]}}\n'
+        f'{{"messages": [{said}]}}\n{{"messages": [{said}, {{"role": "judge", "content": "4"}}]}}\n'
     )
     result, examples, (bad,) = run(source, format="conversational", columns={})
     assert len(examples) == 1 and result.summary["by_reason"] == {"wrong_type": 1}

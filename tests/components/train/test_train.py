@@ -223,17 +223,24 @@ def test_the_base_stays_as_it_was_under_lora(tiny_causal, tmp_path):
     assert any("lora_B" in n and bool(p.abs().max() > 0) for n, p in sft.model.named_parameters())
 
 
-def test_a_loss_that_is_not_finite_stops_with_what_to_do():
-    class Broken(Objective):
-        packs = False
+class Broken(Objective):
+    """Its loss is no number."""
 
-    broken = Broken()
-    broken.model = torch.nn.Linear(1, 1)
-    broken.terms = lambda e: 1
-    broken.summed_loss = lambda b, s: torch.tensor(math.nan, requires_grad=True)
-    config = settings_for()
+    def __init__(self):
+        self.model = torch.nn.Linear(1, 1)
+
+    packs = False
+
+    def terms(self, encoded):
+        return 1
+
+    def summed_loss(self, batch, label_smoothing):
+        return self.model(torch.ones(1)).sum() * math.nan
+
+
+def test_a_loss_that_is_not_finite_stops_with_what_to_do():
     with pytest.raises(TuneyardError, match="the loss is nan in float32"):
-        compute(broken, [[1]], config, "float32")
+        compute(Broken(), [[1]], settings_for(), "float32")
 
 
 @pytest.mark.parametrize("dropout", [None, 0.0, 0.3])

@@ -249,7 +249,12 @@ JSON = st.recursive(
 @settings(max_examples=6, deadline=None, phases=[Phase.generate])
 @given(st.sampled_from(KINDS), st.lists(JSON, min_size=1, max_size=12))
 def test_whatever_a_field_holds_there_is_a_report_and_not_a_traceback(kind, values):
-    first = {"prompt-completion": "completion", "conversational": "messages", "labelled-text": "text"}[kind]
+    first = {
+        "prompt-completion": "completion",
+        "conversational": "messages",
+        "preference": "rejected",
+        "prompt-only": "prompt",
+    }.get(kind, "text")
     other = {"prompt": "问", "label": "a"}
     rows = [
         {**other, first: v, "id": str(n), "origin": {"file": "f", "line": n}} for n, v in enumerate(values)
