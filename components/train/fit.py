@@ -14,9 +14,10 @@ from typing import Any
 from components.shared import causal, clock, interrupts
 from components.shared.errors import TuneyardError
 from components.shared.progress import Progress
-from components.train import checkpoint
+from components.train import checkpoint, measures
 from components.train.config import TrainConfig
 from components.train.data import schedule_batches
+from components.train.diagnostics import Watch
 from components.train.objectives.base import Objective
 from components.train.ranks import ALONE, Ranks
 from components.train.update import autocast, make_optimizer, timed_update
@@ -79,7 +80,8 @@ class Ongoing:
         self.tokens += tokens
         self.seconds += seconds
         speed = self.tokens / self.seconds
-        self.state.history.append({**row, "time": time.time(), "tokens_per_second": speed})
+        of_step = {"step_tokens": tokens, "step_seconds": seconds}
+        self.state.history.append({**row, **of_step, "time": time.time(), "tokens_per_second": speed})
         self.random = checkpoint.random_state()
 
     def due(self, every: int, total: int) -> bool:
@@ -174,8 +176,9 @@ def fit(
     steps = schedule_batches([len(e) for e in train], config, objective.packs)
     judge = partial(eval_loss, objective, evaluation, config, precision, ranks)
     now = _begin(folder, objective.model, config, judge)
-    update = partial(timed_update, objective, now.optimizer, len(steps), config, precision, ranks, now.note)
     every = config.eval_steps or max(1, math.ceil(len(steps) / 10))
+    update = _updating(objective, now, (len(steps), every), config, precision, ranks)
+    watch = Watch(now.state.history, now.state.base_loss)
     progress = Progress("train", len(steps), "steps", done=now.done)
 
     def save() -> None:
@@ -186,6 +189,8 @@ def fit(
         while True:
             if now.due(every, len(steps)):
                 now.judge(config, judge())
+            if ranks.writes:
+                watch.see(now.state.history)
             report(now.state.history, False)
             if now.done == len(steps) or now.state.stopped_early:
                 break
@@ -200,6 +205,26 @@ def fit(
         raise
     report(now.state.history, True)
     return _finish(objective.model, now.best, now.state)
+
+
+def _updating(
+    objective: Objective,
+    now: Ongoing,
+    length: tuple[int, int],
+    config: TrainConfig,
+    precision: causal.Precision,
+    ranks: Ranks,
+) -> Callable[[int, Sequence[Sequence[Any]]], None]:
+    """`timed_update` of a run of `length`: steps, and how many lie between evaluations."""
+    steps, every = length
+    seldom = math.ceil(steps / measures.LOOKS)
+
+    def looked_at(number: int) -> bool:
+        return number % seldom == 0 or (number + 1) % every == 0 or number + 1 == steps
+
+    return partial(
+        timed_update, objective, now.optimizer, steps, config, precision, ranks, now.note, looked_at
+    )
 
 
 def _finish(model: Any, best: Any, state: Fit) -> Fit:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 
 from components.shared import jsonl, tracking
 from components.shared.errors import TuneyardError
 from components.shared.modelcard import BaseModelRef, ModelCard
 from components.shared.stage import Context, Result
-from components.train import curves
+from components.train import curves, diagnostics
 from components.train.config import TrainConfig
 from components.train.data import Ledger
 from components.train.fit import Fit
@@ -88,7 +89,8 @@ def describe(
     curve = [{"step": 0, "eval_loss": result.base_loss}, *result.history]
     jsonl.write(ledger / "history.jsonl", curve)
     page = context.out / "page.html"
-    page.write_text(curves.page(curve, card, {s: dict(k.counts) for s, k in ledgers.items()}))
+    found = diagnostics.diagnose(result.history, result.base_loss)
+    page.write_text(curves.page(curve, card, {s: dict(k.counts) for s, k in ledgers.items()}, found))
     with contextlib.suppress(TuneyardError):
         tracking.log_artifact_text(run_id, "training.html", page.read_text())
     summary = {
@@ -100,6 +102,7 @@ def describe(
         "trainable_weights": card.trainable_weights,
         "total_weights": card.total_weights,
         "self_check": dict(checked),
+        "findings": [asdict(one) for one in found],
         "mlflow_run": run_id,
     }
     return Result(

@@ -10,7 +10,7 @@ from typing import Any
 
 from components.shared import causal, clock, interrupts
 from components.shared.errors import TuneyardError
-from components.train import checkpoint
+from components.train import checkpoint, measures
 from components.train.config import TrainConfig
 from components.train.data import dealt
 from components.train.objectives.base import Objective
@@ -61,6 +61,7 @@ def timed_update(
     precision: causal.Precision,
     ranks: Ranks,
     note: Callable[[dict[str, float], int, float], None],
+    looked_at: Callable[[int], bool],
     number: int,
     batches: Sequence[Sequence[Any]],
 ) -> None:
@@ -74,6 +75,7 @@ def timed_update(
         precision: to compute in.
         ranks: the processes.
         note: receives the row of the history, the tokens of the update, and its seconds.
+        looked_at: whether the row of an update has the figures of each group and of the machine.
         number: of the update.
         batches: [micro-batch] -> encoded examples.
     """
@@ -82,8 +84,11 @@ def timed_update(
     row = {"step": number + 1, "learning_rate": learning_rate(number, total, config)}
     row |= gradients(objective, batches, config, precision, ranks)
     tokens = sum(len(e) for micro in batches for e in micro)
+    weights = checkpoint.trainable(objective.model) if looked_at(number) else {}
+    before = measures.sample(weights)
     with interrupts.held():
         step(optimizer, row["learning_rate"])
+        row = row | measures.moved(before, weights) | measures.machine() if weights else measures.plain(row)
         note(row, tokens, time.monotonic() - began)
 
 
@@ -100,13 +105,11 @@ def gradients(
     one batch however the terms are spread over them, and over processes.
 
     Returns:
-        loss (nats) and grad_norm (before clipping).
+        loss (nats), and of the gradient before clipping what measures.clip says.
 
     Raises:
         TuneyardError: the loss is not finite.
     """
-    import torch
-
     terms = sum(objective.terms(e) for micro in batches for e in micro)
     loss = 0.0
     for weight in checkpoint.trainable(objective.model).values():
@@ -123,11 +126,11 @@ def gradients(
             f"train: the loss is {loss} in {precision}",
             "lower train.learning_rate, or set train.precision: float32",
         )
-    weights = list(checkpoint.trainable(objective.model).values())
-    ranks.add_gradients(weights)
+    weights = checkpoint.trainable(objective.model)
+    ranks.add_gradients(list(weights.values()))
     with clock.arithmetic():
-        norm = float(torch.nn.utils.clip_grad_norm_(weights, config.max_grad_norm))
-    return {"loss": loss, "grad_norm": norm}
+        norms = measures.clip(weights, config.max_grad_norm)
+    return {"loss": loss, **norms}
 
 
 def step(optimizer: Any, rate: float) -> None:
