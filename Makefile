@@ -71,8 +71,8 @@ gc: setup  ## show what the store could drop; DELETE=1 drops it, KEEP_DAYS=30
 test: setup  ## run all tests
 	@exec $(BIN)/python -m pytest
 
-test-unit: setup  ## run all tests but the end-to-end runs on real models
-	@exec $(BIN)/python -m pytest -m "not e2e"
+test-unit: setup  ## run the tests that need no server and no patience
+	@exec $(BIN)/python -m pytest -m "not (e2e or server or slow)"
 
 test-cluster: setup  ## drive a real cluster, the one of TUNEYARD_KFP_ENDPOINT (docs/kubernetes.md)
 	@exec $(BIN)/python -m pytest tests/cluster -rs

@@ -3,8 +3,8 @@
 Two models: Gemma 3 270M on LawBench's consultations, and a Qwen2 of 11 million random weights on token ids
 whose lengths are log-normal (a mean of 120, at most 2,048), half of each an answer. All contenders get the
 same examples and as many of them to an update (packed ones as many tokens), one process each, in turn, for
-some rounds; the first update is not counted. Tokens are real ones: padding is none. First the loss is compared
-with a float32 reference: whole logits, padded, PyTorch's cross-entropy.
+some rounds; the first update is not counted. Tokens are real ones: padding is none. Before that, the loss is
+compared with a float32 reference: whole logits, padded, PyTorch's cross-entropy.
 
 Limit by arithmetic: a LoRA step costs 4 FLOP a weight and token in the body and, for each answer token, 4
 FLOP a weight of the vocabulary projection; a large matrix product says what the processor does at best.

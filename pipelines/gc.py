@@ -112,10 +112,9 @@ def _swept(store: Store, survey: reach.Survey, deleted: bool) -> Swept:
 @s3.faults_named("listing unfinished uploads")
 def _uploads(store: Store) -> list[Upload]:
     found = []
-    pages = store.client.get_paginator("list_multipart_uploads").paginate(
-        Bucket=store.bucket, Prefix=store.key(FOLDER)
-    )
-    for page in pages:
+    lister = store.client.get_paginator("list_multipart_uploads")
+    prefixes = [store.key(prefix) for prefix in (FOLDER, "work/")]
+    for page in (page for p in prefixes for page in lister.paginate(Bucket=store.bucket, Prefix=p)):
         now = parsedate_to_datetime(page["ResponseMetadata"]["HTTPHeaders"]["date"])
         for item in page.get("Uploads", []):
             if (now - item["Initiated"]).total_seconds() >= reach.GRACE_DAYS * reach.DAY_SECONDS:

@@ -6,11 +6,14 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
+from components.evaluate.slices.keeping import ASKED
+from components.evaluate.slices.share import Share
 from pipelines import placement
 from pipelines.images.lock import Image
 from pipelines.spec import PipelineSpec
@@ -69,9 +72,11 @@ def build(spec: PipelineSpec, where: OnThisMachine | OnACluster) -> Any:
     """
     from kfp import dsl
 
+    slices = _slices(spec, where)
+
     def pipeline(slot=""):  # type: ignore[no-untyped-def]
         with _notifying(spec, where, slot):
-            _stages(spec, where, slot)
+            _stages(spec, where, slot, slices)
 
     # KFP reads types, and this module's annotations are text.
     pipeline.__annotations__["slot"] = str
@@ -87,7 +92,7 @@ def build(spec: PipelineSpec, where: OnThisMachine | OnACluster) -> Any:
     )
 
 
-def _stages(spec: PipelineSpec, where: OnThisMachine | OnACluster, slot: Any) -> None:
+def _stages(spec: PipelineSpec, where: OnThisMachine | OnACluster, slot: Any, slices: Any) -> None:
     from kfp import dsl
 
     done = where.done if isinstance(where, OnThisMachine) else {}
@@ -108,9 +113,45 @@ def _stages(spec: PipelineSpec, where: OnThisMachine | OnACluster, slot: Any) ->
         with _when_champion(champion, where):
             task = component(config=settings.model_dump_json(), **_names(spec, where), slot=slot, **inputs)
             _place(task, stage, spec, where)
+        if stage == "evaluate" and slices is not None:
+            before = slices(slot=slot, **inputs).set_display_name(f"{placement.SLICE}s")
+            task.after(before.set_caching_options(False))
+            task.set_env_variable(ASKED, str(spec.hardware.of(stage).slices))
         for output in component.component_spec.outputs:
             artifacts[stage, output] = task.outputs[output]
         champion = task.outputs["champion"] if stage == "register" else None
+
+
+def _slices(spec: PipelineSpec, where: OnThisMachine | OnACluster) -> Any:
+    """The component before evaluate that does its work in slices, a pod each; None where evaluate is alone.
+
+    A pipeline of its own around the loop, since KFP lets no task wait for a loop, only for a task, and made
+    first, since it lets none be made inside another. KFP's cache is off: one task of the IR has one custom
+    key, which the first slice would fill for all others.
+    """
+    of = spec.hardware.of("evaluate").slices or 1
+    if isinstance(where, OnThisMachine) or "evaluate" in where.caches or of == 1:
+        return None
+    from kfp import dsl
+
+    from components.evaluate.slices.component import evaluate_slice
+
+    inputs = inputs_of("evaluate", spec)
+    kinds = {"slot": str} | {
+        name: dsl.Input[dsl.Model if name in ("model", "compressed") else dsl.Dataset] for name in inputs
+    }
+
+    def slices(*values):  # type: ignore[no-untyped-def]
+        given = dict(zip(kinds, values, strict=True)) | _names(spec, where)
+        with dsl.ParallelFor([str(Share(number, of)) for number in range(1, of + 1)], name="slices") as share:
+            task = evaluate_slice(config=spec.evaluate.model_dump_json(), share=share, **given)
+            _place(task, placement.SLICE, spec, where)
+
+    # KFP reads the inputs of a pipeline from its signature, and which there are depends on the spec.
+    kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+    parameters = [inspect.Parameter(name, kind, annotation=type_) for name, type_ in kinds.items()]
+    slices.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    return dsl.pipeline(slices, name=f"{placement.SLICE}s")
 
 
 def _when_champion(champion: Any, where: OnThisMachine | OnACluster) -> AbstractContextManager[Any]:

@@ -105,6 +105,7 @@ class StageHardware(Settings):
         secrets: Secret -> its key -> environment variable; named here, never written.
         volumes: claims to mount.
         image_pull_secrets: Secrets with the registry's credentials.
+        slices: of evaluate alone: how many pods share its models' work, each with all that is said here.
     """
 
     cpus: float | None = Field(None, gt=0, le=1024)
@@ -126,6 +127,7 @@ class StageHardware(Settings):
     secrets: dict[Name, dict[str, EnvName]] | None = None
     volumes: tuple[Volume, ...] | None = None
     image_pull_secrets: tuple[Name, ...] | None = None
+    slices: int | None = Field(None, ge=1, le=64)
 
 
 class HardwareConfig(StageHardware):
@@ -154,6 +156,10 @@ class HardwareConfig(StageHardware):
             faults.append("gpus would give every stage GPUs: write gpus_per_node, or stages.<stage>.gpus")
         if "train" in self.stages and self.stages["train"].gpus is not None:
             faults.append("stages.train.gpus: write gpus_per_node")
+        sliced = [name for name, own in self.stages.items() if own.slices is not None]
+        faults += [f"stages.{name}.slices: only evaluate is sliced" for name in sliced if name != "evaluate"]
+        if self.slices is not None:
+            faults.append("slices: only evaluate is sliced: write stages.evaluate.slices")
         if self.nodes > 1 and not self.gpus_per_node:
             faults.append(f"nodes is {self.nodes} and gpus_per_node 0: say how many GPUs each node has")
         if faults:
@@ -163,7 +169,7 @@ class HardwareConfig(StageHardware):
     def of(self, stage: str) -> StageHardware:
         """What one stage asks for: its own, else what every stage has, else its default."""
         own = next((own for name, own in self.stages.items() if name == stage), StageHardware())
-        shared = self.model_dump(exclude_none=True, include=set(StageHardware.model_fields) - {"gpus"})
+        shared = self.model_dump(exclude_none=True, include=set(StageHardware.model_fields) - _OF_ONE_STAGE)
         gpus = self.gpus_per_node if stage == "train" else own.gpus or 0
         needs = _GPU if gpus else _CPU
         asked = {**needs.get(stage, _SMALL), **shared, **own.model_dump(exclude_none=True), "gpus": gpus}
@@ -186,6 +192,8 @@ _GPU: dict[str, dict[str, float]] = {
 }
 # Spot nodes live for hours, a training may take days; a retry costs what was done since the last checkpoint.
 _SPOT_RETRIES = 20
+# What is never said for every stage at once.
+_OF_ONE_STAGE = {"gpus", "slices"}
 _DEFAULTS = {
     "gpu_resource": "nvidia.com/gpu",
     "scratch_gib": 20,

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from components.train.trainjob import ASKED, Nodes
+from components.train.trainjob import ASKED, TOKEN_PATH, Nodes
 from pipelines.hardware import HardwareConfig, StageHardware
 from pipelines.images.lock import Image
 
@@ -39,8 +39,9 @@ SECRETS: dict[str, Mapping[str, tuple[str, ...]]] = {
     "deploy": _S3 | _MLFLOW | _SERVING,
     "notify": _S3 | NOTIFY,
 }
+# What a slice of evaluate is called: its component, its task and its place here.
+SLICE = "evaluate-slice"
 TRAIN_TOKEN = "tuneyard-train-token"
-TRAIN_TOKEN_PATH = "/var/run/secrets/tuneyard/train"
 USER = 10001
 # Label (or taint) by which a provider marks its spot nodes; each documents it as the way to ask for them.
 _SPOT = {
@@ -58,12 +59,12 @@ def place(
 
     Args:
         task: a KFP task.
-        stage: its stage, or `notify`.
+        stage: its stage, or `notify`, or SLICE: a pod like that of evaluate, whose work it shares.
         pipeline: name of the pipeline.
         hardware: of the pipeline.
         images: the locked images.
     """
-    asked = hardware.of(stage)
+    asked = hardware.of("evaluate" if stage == SLICE else stage)
     # One process fills one GPU, so two in one node need the same machinery as two nodes.
     elsewhere = stage == "train" and hardware.nodes * hardware.gpus_per_node > 1
     if elsewhere:
@@ -107,7 +108,7 @@ def _training_job(task: Any, pipeline: str, hardware: HardwareConfig, images: Ma
         timeout_seconds=round((asked.timeout_hours or 0) * 3600),
     )
     task.set_env_variable(ASKED, nodes.model_dump_json(exclude_none=True))
-    kubernetes.use_secret_as_volume(task, TRAIN_TOKEN, TRAIN_TOKEN_PATH)
+    kubernetes.use_secret_as_volume(task, TRAIN_TOKEN, TOKEN_PATH)
 
 
 def _watching(asked: StageHardware, hardware: HardwareConfig) -> StageHardware:
@@ -222,7 +223,7 @@ def _policy(task: Any, stage: str, pipeline: str, asked: StageHardware) -> None:
 def _pod_labels(stage: str, pipeline: str, asked: StageHardware) -> dict[str, str]:
     labels = {
         "app.kubernetes.io/part-of": "tuneyard",
-        "app.kubernetes.io/component": stage,
+        "app.kubernetes.io/component": "evaluate" if stage == SLICE else stage,
         "tuneyard.dev/pipeline": pipeline,
     }
     if asked.queue:

@@ -34,7 +34,7 @@ KINDS = {
     "manifests/": "manifests",
     FOLDER: "objects",
     "runs/": "run records",
-    "work/": "checkpoints",
+    "work/": "checkpoints and slices",
     "slots/": "slots",
     USES: "uses",
     DAMAGED: "damaged",

@@ -12,6 +12,7 @@ from components.shared import ledger
 from components.shared.commit import commit_name
 from components.shared.errors import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_STOPPED, TuneyardError
 from components.shared.store import Store
+from pipelines.placement import SLICE
 from pipelines.planner import why_needless
 
 _STATUS = {EXIT_DONE: "done", EXIT_STOPPED: "stopped", EXIT_INTERRUPTED: "interrupted"}
@@ -76,8 +77,10 @@ def gather(
             commit, record = done.get(stage), None
             if commit is None:
                 record = store.read_json(f"runs/{report.run_id}/{stage}.json")
+                if record is None and stage == "evaluate":
+                    record = _unfinished_slice(report.run_id, store)
             if record and record["status"] == "running":
-                record = _cut_off(stage, report)
+                record = _cut_off(record["stage"], report)
             elif record and "key" in record:
                 commit = store.read_json(commit_name(stage, record["key"]))
             row = _row(stage, commit, record)
@@ -94,6 +97,15 @@ def gather(
             report.stages.append(_row(stage, done.get(stage), unknown))
         if fault:
             report.end(fault)
+
+
+def _unfinished_slice(run: str, store: Store) -> dict[str, Any] | None:
+    """The record of a slice that did not end well, where evaluate did not begin for that; else None."""
+    records = [store.read_json(name) or {} for name in store.names(f"runs/{run}/{SLICE}-")]
+    ended = sorted(
+        (r for r in records if r.get("status") not in (None, "done")), key=lambda r: r["status"] == "running"
+    )
+    return ended[0] if ended else None
 
 
 def _cut_off(stage: str, report: Report) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import IO
 
 from components.shared.progress import PREFIX
-from components.shared.stage import STARTED
+from components.shared.recording import STARTED
 
 # Between the stages KFP prints inputs and outputs of its own; they go to the log file only, as do these.
 _KFP = ("[KFP Executor", "Task ", "Cleaned up workspace")

@@ -23,8 +23,11 @@ def main() -> int:
     from components.shared.store import Store
     from serving import app
     from serving.catalogue import Catalogue
+    from serving.following import Follower
 
-    application = app.create(Catalogue(Store.from_environment), os.environ.get("TUNEYARD_SERVING_TOKEN", ""))
+    catalogue = Catalogue(Store.from_environment)
+    follower = Follower(catalogue, Store.from_environment)
+    application = app.create(catalogue, os.environ.get("TUNEYARD_SERVING_TOKEN", ""), follower)
     config = uvicorn.Config(
         application,
         host=asked.host,

@@ -1,4 +1,4 @@
-"""Putting models in service and taking them out, for whoever has the token; health for everybody."""
+"""Look at the store now, for whoever has the token; health for everybody."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from fastapi.responses import JSONResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from pydantic import BaseModel, ConfigDict
 
-from components.shared.errors import TuneyardError
+from components.shared.deployments import document_name
+from components.shared.errors import StoreError, TuneyardError
 from serving import faults
 from serving.catalogue import Catalogue
 from serving.faults import Fault
@@ -22,7 +23,7 @@ log = logging.getLogger("tuneyard.serving")
 
 
 class DeployRequest(BaseModel):
-    """POST /admin/deploy: put the desired version of this model in service."""
+    """POST /admin/deploy: do now what the store says of this model, instead of in a few seconds."""
 
     model_config = ConfigDict(extra="forbid")
     name: str
@@ -69,16 +70,16 @@ def router(catalogue: Catalogue, token: str) -> APIRouter:
     @routes.post("/admin/deploy", dependencies=guarded)
     async def deploy(asked: DeployRequest) -> dict[str, Any]:
         """Load, verify, probe and swap. What was served before stays on any failure."""
+        name = asked.name
         try:
-            return await asyncio.wrap_future(catalogue.deploy_soon(asked.name))
+            state = await asyncio.wrap_future(catalogue.follow_soon(name))
+        except StoreError as error:
+            raise Fault(503, str(error), "name", "store_away", {"Retry-After": "2"}) from error
         except TuneyardError as error:
-            log.warning("%s is not put in service: %s", asked.name, error)
+            log.warning("%s is not put in service: %s", name, error)
             raise Fault(422, str(error), "name", "not_servable") from error
-
-    @routes.delete("/admin/models/{name}", dependencies=guarded)
-    def remove(name: str) -> dict[str, Any]:
-        """Take a model out of service in this process; the desired state in the store is not touched."""
-        catalogue.remove(name)
-        return {"name": name, "removed": True}
+        if state is None:
+            raise Fault(404, f"{document_name(name)} does not exist in the store", "name", "no_deployment")
+        return state
 
     return routes

@@ -16,22 +16,27 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from serving import admin_api, faults, inference_api, openai_api
 from serving.catalogue import Catalogue
 from serving.faults import Fault
+from serving.following import Follower
 
 MAX_BODY_BYTES = 1 << 20
 
 
-def create(catalogue: Catalogue, token: str) -> FastAPI:
+def create(catalogue: Catalogue, token: str, follower: Follower | None = None) -> FastAPI:
     """The server's application.
 
     Args:
-        catalogue: the models; started and closed with the application.
+        catalogue: the models; closed with the application.
         token: of the admin routes; empty: they are closed to everybody.
+        follower: started and stopped with the application; without one nothing is loaded.
     """
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        catalogue.start()
+        if follower is not None:
+            follower.start()
         yield
+        if follower is not None:
+            follower.stop()
         catalogue.close()
 
     # No pages that load scripts from elsewhere, and a body is JSON whatever its Content-Type says.
@@ -127,8 +132,11 @@ class Observed:
     def _count(self, scope: Scope, status: int, seconds: float) -> None:
         # Names come from the model that answered and routes from the table, never from the client: a label
         # of its own for each made-up name would grow without bound.
-        identity: Any = scope.get("state", {}).get("served")
+        state = scope.get("state", {})
+        identity: Any = state.get("served")
         name, version = (identity.name, identity.version) if identity else ("", "")
+        # An answer that broke off in the middle had said 200.
+        status = state.get("failed") or status
         route = getattr(scope.get("route"), "path", "")
         self._telemetry.requests.labels(name, version, route, str(status)).inc()
-        self._telemetry.seconds.labels(name, route).observe(seconds)
+        self._telemetry.seconds.labels(name, version, route).observe(seconds)

@@ -1,7 +1,8 @@
 """The models in service, and how one replaces another.
 
-What should be served is written in the artifact store (`deployments/<name>.json`, by the deploy stage); the
-server itself has no state worth keeping.
+What should be served is written in the artifact store (components/shared/deployments.py); the server itself
+has no state worth keeping. `following.py` looks there every few seconds, POST /admin/deploy at once: both
+call `follow`, and nothing else changes what is in service.
 """
 
 from __future__ import annotations
@@ -11,33 +12,26 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any
 
-from components.shared.errors import TuneyardError
-from components.shared.modelcard import ModelCard
+from components.shared import deployments
+from components.shared.deployments import DeployedVersion, Deployment
+from components.shared.errors import StoreError, TuneyardError
 from components.shared.store import Store
+from serving import arms
+from serving.arms import Arms, Entry
 from serving.causal import CausalModel
 from serving.classifier import Classifier
 from serving.faults import Fault
 from serving.identity import Identity, checked_name
-from serving.loading import Served, open_model
+from serving.loading import open_model
+from serving.routing import Choice
 from serving.telemetry import Telemetry
 
 log = logging.getLogger("tuneyard.serving")
 
-DEPLOYMENTS = "deployments/"
-_RETRY_SECONDS = (1, 2, 5, 10, 30)
 _STOP_SECONDS = 5.0
-
-
-@dataclass(frozen=True)
-class Entry:
-    """A model in service, its card, and when it was put there (seconds since 1970)."""
-
-    served: Served
-    card: ModelCard
-    since: int
 
 
 class Catalogue:
@@ -51,8 +45,9 @@ class Catalogue:
         self._open_store = open_store
         self._lock = threading.Lock()
         self._loading = threading.Lock()
-        self._entries: dict[str, Entry] = {}
+        self._arms: dict[str, Arms] = {}
         self._missing: dict[str, str] = {}
+        self._refused: dict[str, str] = {}
         self._stopping = threading.Event()
         self._listed = False
         self._trouble = "looking for deployments"
@@ -60,44 +55,58 @@ class Catalogue:
 
     # --- what is there --------------------------------------------------------------------------
 
-    def get(self, name: str) -> Entry:
-        """The model in service under a name.
+    def get(self, name: str) -> Arms:
+        """What is in service under a name.
 
         Raises:
             Fault: 404 for a name that nobody deployed, 503 for one that is not loaded (yet).
         """
-        entry = self._entries.get(name)
-        if entry is not None:
-            return entry
+        found = self._arms.get(name)
+        if found is not None:
+            return found
         shown = name[:80]
         if self._stopping.is_set() or name in self._missing or not self._listed:
             reason = self._missing.get(name) or self._trouble
             raise Fault(
                 503, f"model {shown!r} is not ready: {reason}", "model", "not_ready", {"Retry-After": "2"}
             )
-        known = sorted(self._entries)
+        known = sorted(self._arms)
         raise Fault(404, f"there is no model {shown!r} here; in service: {known}", "model", "model_not_found")
 
-    def causal(self, name: str) -> CausalModel:
+    def choose(self, name: str, choice: Choice) -> Entry:
+        """The version that answers a request.
+
+        Raises:
+            Fault: 404 for a version that is not here; see get.
+        """
+        found = self.get(name)
+        entry = found.choose(choice)
+        if entry is None:
+            here = [entry.identity.version for entry in found.entries]
+            message = f"{name!r} has no version {choice.version[:80]!r} in service, only {here}"
+            raise Fault(404, message, "model", "version_not_found")
+        return entry
+
+    def causal(self, name: str, choice: Choice) -> CausalModel:
         """A model that generates text.
 
         Raises:
-            Fault: 400 for a classifier; see get.
+            Fault: 400 for a classifier; see choose.
         """
-        served = self.get(name).served
+        served = self.choose(name, choice).served
         if not isinstance(served, CausalModel):
             raise Fault(
                 400, f"{name!r} is a classifier; POST to /v2/models/{name}/infer", "model", "wrong_task"
             )
         return served
 
-    def classifier(self, name: str) -> Classifier:
+    def classifier(self, name: str, choice: Choice) -> Classifier:
         """A model that classifies text.
 
         Raises:
-            Fault: 400 for a causal model; see get.
+            Fault: 400 for a causal model; see choose.
         """
-        served = self.get(name).served
+        served = self.choose(name, choice).served
         if not isinstance(served, Classifier):
             message = f"{name!r} generates text; POST to /v1/chat/completions or /v1/completions"
             raise Fault(400, message, "model", "wrong_task")
@@ -106,9 +115,11 @@ class Catalogue:
     def states(self) -> list[dict[str, Any]]:
         """Every model that is or should be in service, by name."""
         with self._lock:
-            entries, missing = dict(self._entries), dict(self._missing)
-        found = [_state(name, entry) for name, entry in entries.items()]
-        found += [_absent(name, reason) for name, reason in missing.items() if name not in entries]
+            here, missing, refused = dict(self._arms), dict(self._missing), dict(self._refused)
+        found = [arms.state(name, each, refused.get(name, "")) for name, each in here.items()]
+        found += [
+            arms.absent(name, reason, name in refused) for name, reason in missing.items() if name not in here
+        ]
         return sorted(found, key=lambda state: str(state["name"]))
 
     def not_ready(self) -> list[str]:
@@ -122,152 +133,127 @@ class Catalogue:
             return ["no model deployed"]
         return [f"{state['name']}: {state['reason']}" for state in states if not state["ready"]]
 
+    def has_dead(self, name: str) -> bool:
+        """Whether the worker of a version in service has ended."""
+        found = self._arms.get(name)
+        return found is not None and not all(entry.served.alive for entry in found.entries)
+
     # --- changing it ----------------------------------------------------------------------------
 
-    def start(self) -> None:
-        """Load every desired deployment, in the background, trying again until all are there."""
-        threading.Thread(target=self._load_desired, name="load-desired", daemon=True).start()
+    def not_listed(self, trouble: str) -> None:
+        """The store did not say what should be served."""
+        self._trouble = trouble
 
-    def deploy_soon(self, name: str) -> Future[dict[str, Any]]:
-        """`deploy` in a thread of its own, which a stopping server does not wait for."""
-        future: Future[dict[str, Any]] = Future()
+    def listed(self, names: set[str]) -> None:
+        """The store said for which names something should be served."""
+        with self._lock:
+            wanted = names - set(self._arms)
+            self._missing = {name: self._missing.get(name, "loading") for name in wanted}
+            self._listed, self._trouble = True, "not loaded"
+
+    def follow_soon(self, name: str) -> Future[dict[str, Any] | None]:
+        """`follow` in a thread of its own, which a stopping server does not wait for."""
+        future: Future[dict[str, Any] | None] = Future()
 
         def run() -> None:
             try:
-                future.set_result(self.deploy(name))
+                future.set_result(self.follow(name))
             except BaseException as error:  # carried to whoever waits for the future
                 future.set_exception(error)
 
-        threading.Thread(target=run, name=f"deploy-{name}", daemon=True).start()
+        threading.Thread(target=run, name=f"follow-{name}", daemon=True).start()
         return future
 
-    def deploy(self, name: str) -> dict[str, Any]:
-        """Put the desired version of a model in service. On any failure what was served before stays.
+    def follow(self, name: str) -> dict[str, Any] | None:
+        """Do what the store says of a name. On any failure what was served before stays.
 
         Returns:
-            The model's state, `loaded` (False when this very version was in service already) and `seconds`.
+            The model's state, `loaded` (False when all of it was in service already) and `seconds`; None when
+            nothing should be served, and nothing is any more.
 
         Raises:
-            Fault: 404, there is no such deployment.
-            TuneyardError: the version cannot be served.
+            TuneyardError: a version cannot be served.
         """
         started = time.monotonic()
         checked_name(name)
         with self._loading:
-            store = self._open_store()
-            document = store.read_json(f"{DEPLOYMENTS}{name}.json")
-            if document is None:
-                raise Fault(
-                    404, f"{store.root}/{DEPLOYMENTS}{name}.json does not exist", "name", "no_deployment"
-                )
-            loaded = self._replace(_identity(name, document), document, store)
+            try:
+                store = self._open_store()
+                wanted = deployments.read(name, store)
+                loaded = self._retire(name) if wanted is None else self._bring(wanted, store)
+            except Exception as error:
+                self._note_failure(name, error)
+                raise
+            with self._lock:
+                self._refused.pop(name, None)
+                self._missing.pop(name, None)
+        if wanted is None:
+            return None
         seconds = round(time.monotonic() - started, 3)
-        return {**_state(name, self.get(name)), "loaded": loaded, "seconds": seconds}
-
-    def remove(self, name: str) -> None:
-        """Take a model out of service in this process. Requests in flight are finished.
-
-        Raises:
-            Fault: 404, it is not in service.
-        """
-        with self._loading, self._lock:
-            entry = self._entries.pop(name, None)
-            known = self._missing.pop(name, None) is not None
-        if entry is None and not known:
-            raise Fault(404, f"there is no model {name[:80]!r} here", "name", "model_not_found")
-        if entry is not None:
-            entry.served.close()
-            log.info("%s: taken out of service", entry.served.identity)
+        return {**arms.state(name, self.get(name), ""), "loaded": loaded, "seconds": seconds}
 
     def close(self) -> None:
         """Take everything out of service; answers that are not complete by now end with an error."""
         self._stopping.set()
         with self._lock:
-            entries, self._entries = list(self._entries.values()), {}
-        for entry in entries:
+            here, self._arms = list(self._arms.values()), {}
+        for entry in (entry for each in here for entry in each.entries):
             entry.served.abort(_STOP_SECONDS)
 
-    def _replace(self, identity: Identity, document: dict[str, Any], store: Store) -> bool:
-        present = self._entries.get(identity.name)
-        if present is not None and present.served.identity == identity and present.served.alive:
-            return False
-        counter = self.telemetry.tokens.labels(identity.name, identity.version)
-        served, card = open_model(identity, str(document["manifest"]), store, counter.inc)
+    def _note_failure(self, name: str, error: Exception) -> None:
+        reason = error.what if isinstance(error, TuneyardError) else f"{type(error).__name__}: {error}"
         with self._lock:
-            if self._stopping.is_set():
-                served.close()
-                raise Fault(503, "the server is stopping", code="stopping")
-            old = self._entries.get(identity.name)
-            self._entries[identity.name] = Entry(served, card, int(time.time()))
-            self._missing.pop(identity.name, None)
-        if old is not None:
-            old.served.close()
-        return True
+            if name not in self._arms:
+                self._missing[name] = reason
+            if not isinstance(error, StoreError):
+                self._refused[name] = reason
 
-    def _load_desired(self) -> None:
-        attempt = 0
-        while not self._stopping.is_set():
-            if self._load_missing():
-                return
-            self._stopping.wait(_RETRY_SECONDS[min(attempt, len(_RETRY_SECONDS) - 1)])
-            attempt += 1
+    def _retire(self, name: str) -> bool:
+        with self._lock:
+            found = self._arms.pop(name, None)
+        for entry in found.entries if found else []:
+            entry.served.close()
+            log.info("%s: taken out of service", entry.identity)
+        return False
 
-    def _load_missing(self) -> bool:
-        """One try at everything that is desired and not there. Returns whether nothing is left to do."""
-        try:
-            if not self._listed:
-                names = self._open_store().impatient().names(DEPLOYMENTS)
-                wanted = [
-                    n.removeprefix(DEPLOYMENTS).removesuffix(".json") for n in names if n.endswith(".json")
-                ]
-                with self._lock:
-                    self._missing = {n: "loading" for n in wanted if n not in self._entries}
-                self._listed, self._trouble = True, "not loaded"
-        except Exception as error:  # S3 may come up later than the server
-            log.warning("deployments cannot be listed: %s", error)
-            self._trouble = f"deployments cannot be listed ({type(error).__name__})"
-            return False
-        for name in list(self._missing):
-            try:
-                self.deploy(name)
-            except Exception as error:
-                log.warning(
-                    "%s cannot be loaded: %s", name, error, exc_info=not isinstance(error, TuneyardError)
-                )
-                reason = (
-                    error.what if isinstance(error, TuneyardError) else f"{type(error).__name__}: {error}"
-                )
-                with self._lock:
-                    if name in self._missing:
-                        self._missing[name] = reason
-        return not self._missing
+    def _bring(self, wanted: Deployment, store: Store) -> bool:
+        """Load what is missing and swap: never more than two versions, an unwanted canary goes first."""
+        versions = [wanted, wanted.canary] if wanted.canary else [wanted]
+        identities = [_identity(wanted.name, version) for version in versions]
+        now = self._arms.get(wanted.name)
+        if now and now.canary and now.canary.identity not in identities:
+            now = replace(now, canary=None, share=None)
+            self._swap(wanted.name, now)
+        present = {entry.identity: entry for entry in (now.entries if now else []) if entry.served.alive}
+        stable = present.get(identities[0]) or self._open(identities[0], wanted, store)
+        if wanted.canary is None:
+            self._swap(wanted.name, Arms(stable))
+        else:
+            canary = present.get(identities[1])
+            if canary is None:
+                self._swap(wanted.name, Arms(stable))
+                canary = self._open(identities[1], wanted.canary, store)
+            self._swap(wanted.name, Arms(stable, canary, wanted.canary))
+        return any(identity not in present for identity in identities)
 
+    def _open(self, identity: Identity, version: DeployedVersion, store: Store) -> Entry:
+        counter = self.telemetry.tokens.labels(identity.name, identity.version)
+        served, card = open_model(identity, version.manifest, store, counter.inc)
+        return Entry(served, card, int(time.time()))
 
-def _identity(name: str, document: dict[str, Any]) -> Identity:
-    missing = [key for key in ("version", "digest", "manifest") if not document.get(key)]
-    if missing or document.get("name") != name:
-        raise TuneyardError(
-            f"{DEPLOYMENTS}{name}.json: name {document.get('name')!r}, without {missing}",
-            "deploy the model again",
-        )
-    return Identity(name, str(document["version"]), str(document["digest"]))
+    def _swap(self, name: str, new: Arms) -> None:
+        """Put versions in service from this moment on; those that are out of it finish what they accepted."""
+        with self._lock:
+            stopping, old = self._stopping.is_set(), self._arms.get(name)
+            if not stopping:
+                self._arms[name] = new
+        kept = [] if stopping else [entry.served for entry in new.entries]
+        gone = [entry for entry in [*(old.entries if old else []), *new.entries] if entry.served not in kept]
+        for entry in gone:
+            entry.served.close()
+        if stopping:
+            raise Fault(503, "the server is stopping", code="stopping")
 
 
-def _state(name: str, entry: Entry) -> dict[str, Any]:
-    served = entry.served
-    return {
-        "name": name,
-        "version": served.identity.version,
-        "digest": served.identity.digest,
-        "task": served.task,
-        "ready": served.alive,
-        "reason": "" if served.alive else "its worker has ended",
-        "waiting": served.waiting,
-        "in_flight": served.in_flight,
-        "since": entry.since,
-    }
-
-
-def _absent(name: str, reason: str) -> dict[str, Any]:
-    nothing = {"version": "", "digest": "", "task": "", "waiting": 0, "in_flight": 0, "since": 0}
-    return {"name": name, "ready": False, "reason": reason, **nothing}
+def _identity(name: str, version: DeployedVersion) -> Identity:
+    return Identity(name, str(version.version), version.digest)

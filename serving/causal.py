@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from components.shared import chat
+from components.shared.drift import Window
 from components.shared.errors import TuneyardError
 from serving import decode, sampling
 from serving.answers import Job, Piece, Row
@@ -38,6 +39,7 @@ class CausalModel:
         identity: name, version and digest it answers under.
         model: transformers causal model in eval mode.
         tokenizer: its tokenizer.
+        inputs: what it was asked lately.
         count_tokens: called in the worker's thread with how many tokens a step generated.
     """
 
@@ -48,9 +50,10 @@ class CausalModel:
         identity: Identity,
         model: Any,
         tokenizer: Any,
+        inputs: Window,
         count_tokens: Callable[[int], None] = lambda count: None,
     ) -> None:
-        self.identity = identity
+        self.identity, self.inputs = identity, inputs
         self._model, self._tokenizer, self._count_tokens = model, tokenizer, count_tokens
         self._tokenizing = threading.Lock()
         self._ends = chat.end_ids(tokenizer)

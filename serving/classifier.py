@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from components.shared.drift import Window
 from components.shared.errors import TuneyardError
 from components.shared.modelcard import ModelCard
 from serving.faults import Stopped
@@ -37,12 +38,14 @@ class Verdicts:
     Args:
         labels: one a text.
         probabilities: [texts][labels of the model], each row sums to 1.
+        tokens: of each text before it was cut.
         truncated: how many texts were cut at the model's length.
         error: set when it failed; the rest is empty then.
     """
 
     labels: Sequence[str] = ()
     probabilities: Sequence[Sequence[float]] = ()
+    tokens: Sequence[int] = ()
     truncated: int = 0
     error: Exception | None = None
 
@@ -63,6 +66,7 @@ class Classifier:
         card: labels and length.
         tokenizer: its tokenizer.
         forward: batch of int64 numpy arrays [texts, tokens] by input name -> logits [texts, labels].
+        inputs: what it was asked lately.
         platform: name of the runtime, for the metadata.
     """
 
@@ -74,9 +78,10 @@ class Classifier:
         card: ModelCard,
         tokenizer: Any,
         forward: Forward,
+        inputs: Window,
         platform: str,
     ) -> None:
-        self.identity, self.card, self.platform = identity, card, platform
+        self.identity, self.card, self.inputs, self.platform = identity, card, inputs, platform
         self._tokenizer, self._forward = tokenizer, forward
         self._mailbox: Mailbox[TextJob] = Mailbox(MAX_WAITING)
         self._working = 0
@@ -178,7 +183,7 @@ class Classifier:
         _send_all(jobs, verdicts)
 
     def _verdicts(self, jobs: Sequence[TextJob]) -> list[Verdicts]:
-        rows, cut = self._encode([text for job in jobs for text in job.texts])
+        rows, lengths = self._encode([text for job in jobs for text in job.texts])
         probabilities: list[list[float]] = [[] for _ in rows]
         room = 1 if self.card.one_at_a_time else _BATCH_TOKENS
         for batch in _by_length([len(row["input_ids"]) for row in rows], room):
@@ -189,20 +194,21 @@ class Classifier:
             part = slice(at, at + len(job.texts))
             at += len(job.texts)
             labels = [self.card.labels[max(range(len(p)), key=p.__getitem__)] for p in probabilities[part]]
-            verdicts.append(Verdicts(labels, probabilities[part], sum(cut[part])))
+            cut = sum(length > self.card.max_length_tokens for length in lengths[part])
+            verdicts.append(Verdicts(labels, probabilities[part], lengths[part], cut))
         return verdicts
 
-    def _encode(self, texts: Sequence[str]) -> tuple[list[dict[str, list[int]]], list[bool]]:
-        """Token ids (and what else the tokenizer gives) of each text, and whether it was cut."""
+    def _encode(self, texts: Sequence[str]) -> tuple[list[dict[str, list[int]]], list[int]]:
+        """Token ids (and what else the tokenizer gives) of each text, and how many before a cut."""
         limit = self.card.max_length_tokens
         whole = self._tokenizer(list(texts), truncation=False, verbose=False)
         rows = [{name: whole[name][i] for name in whole} for i in range(len(texts))]
-        cut = [len(row["input_ids"]) > limit for row in rows]
-        for index in (i for i, over in enumerate(cut) if over):
+        lengths = [len(row["input_ids"]) for row in rows]
+        for index in (i for i, length in enumerate(lengths) if length > limit):
             # By the tokenizer, not by slicing: it keeps the closing special token.
             short = self._tokenizer(texts[index], truncation=True, max_length=limit)
             rows[index] = {name: short[name] for name in short}
-        return rows, cut
+        return rows, lengths
 
     def _probabilities(self, rows: Sequence[Mapping[str, list[int]]]) -> list[list[float]]:
         import numpy as np

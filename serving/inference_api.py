@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import importlib.metadata
+import json
 import uuid
 from typing import Any
 
@@ -11,8 +12,9 @@ from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 from pydantic import BaseModel, Field
 
-from serving import faults
-from serving.catalogue import Catalogue, Entry
+from serving import faults, routing
+from serving.arms import Arms
+from serving.catalogue import Catalogue
 from serving.causal import CausalModel
 from serving.classifier import MAX_TEXTS, Classifier, TextJob, Verdicts
 from serving.faults import Fault
@@ -82,7 +84,7 @@ async def classify(
     """
     loop = asyncio.get_running_loop()
     while True:
-        served = catalogue.classifier(name)
+        served = catalogue.classifier(name, routing.choice(request.headers, json.dumps(texts)))
         request.state.served = served.identity
         future: asyncio.Future[Verdicts] = loop.create_future()
 
@@ -100,6 +102,7 @@ async def classify(
             served.cancel(job)
         if verdicts.error is not None:
             raise verdicts.error
+        served.inputs.observe(verdicts.tokens, verdicts.labels)
         return served, verdicts
 
 
@@ -142,14 +145,14 @@ def check_outputs(asked: InferRequest) -> None:
         raise Fault(400, f"outputs: {unknown} do not exist; there are 'label' and 'probabilities'", "outputs")
 
 
-def metadata(entry: Entry) -> dict[str, Any]:
-    """What a model takes and gives."""
-    served, card = entry.served, entry.card
+def metadata(arms: Arms) -> dict[str, Any]:
+    """What a model takes and gives; of a canary only its number is told."""
+    served, card = arms.stable.served, arms.stable.card
     identity = served.identity
     common = {"version": identity.version, "digest": identity.digest, "task": served.task}
     document: dict[str, Any] = {
         "name": identity.name,
-        "versions": [identity.version],
+        "versions": [entry.identity.version for entry in arms.entries],
         "inputs": [],
         "outputs": [],
     }
@@ -196,7 +199,7 @@ def router(catalogue: Catalogue) -> APIRouter:
     @routes.get("/models/{name}/ready")
     def model_ready(name: str) -> Response:
         """The model answers."""
-        alive = catalogue.get(name).served.alive
+        alive = catalogue.get(name).stable.served.alive
         return JSONResponse({"name": name, "ready": alive}, 200 if alive else 503)
 
     @routes.post("/models/{name}/infer")

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from components.shared import causal, chat
+from components.shared.drift import Window
 from components.shared.errors import TuneyardError
 from components.shared.modelcard import ModelCard
 from components.shared.store import Store
@@ -70,7 +71,7 @@ def _open(
             raise TuneyardError(f"{identity}: the model card has no template probe", "train the model again")
         model, tokenizer, _ = causal.load(folder, store, causal.served_precision(folder))
         chat.verify_probe(tokenizer, card.template_probe, str(identity))
-        return CausalModel(identity, model, tokenizer, count_tokens)
+        return CausalModel(identity, model, tokenizer, Window(card.reference), count_tokens)
     if not card.labels:
         raise TuneyardError(f"{identity}: the model card has no labels", "train the model again")
     from transformers import AutoTokenizer
@@ -78,7 +79,8 @@ def _open(
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     onnx = card.layout == "onnx"
     forward = _onnx_forward(folder) if onnx else _torch_forward(folder)
-    return Classifier(identity, card, tokenizer, forward, platform="onnx" if onnx else "pytorch")
+    platform = "onnx" if onnx else "pytorch"
+    return Classifier(identity, card, tokenizer, forward, Window(card.reference), platform)
 
 
 def _onnx_forward(folder: Path) -> Forward:

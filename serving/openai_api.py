@@ -14,7 +14,7 @@ from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from serving import faults
+from serving import faults, routing
 from serving.catalogue import Catalogue
 from serving.causal import CausalModel, Job, Piece
 from serving.openai_requests import ChatRequest, CompletionRequest, Sampling
@@ -50,16 +50,28 @@ class Answer:
 
 
 async def ask(
-    catalogue: Catalogue, request: Request, asked: Sampling, encode: Callable[[CausalModel], list[int]]
+    catalogue: Catalogue,
+    request: Request,
+    asked: Sampling,
+    opening: str,
+    encode: Callable[[CausalModel], list[int]],
 ) -> Answer:
-    """Queue a request at the model that is in service now.
+    """Queue a request at the version that answers it now.
+
+    Args:
+        catalogue: the models.
+        request: its headers may name a conversation or a version.
+        asked: what is asked.
+        opening: how the conversation began.
+        encode: gives the prompt's token ids.
 
     Raises:
         Fault: no such model, too long, or too many wait.
     """
     loop = asyncio.get_running_loop()
+    choice = routing.choice(request.headers, opening)
     while True:
-        served = catalogue.causal(asked.model)
+        served = catalogue.causal(asked.model, choice)
         request.state.served = served.identity
         try:
             prompt = await asyncio.to_thread(encode, served)
@@ -73,6 +85,7 @@ async def ask(
             served.submit(job)
         except faults.Retired:
             continue
+        served.inputs.observe([len(prompt)])
         return Answer(served, job, pieces)
 
 
@@ -113,9 +126,11 @@ class EventStream(StreamingResponse):
         self, answer: Answer, events: AsyncIterator[dict[str, Any]], headers: dict[str, str]
     ) -> None:
         super().__init__(
-            _lines(events), headers={"Cache-Control": "no-cache", **headers}, media_type="text/event-stream"
+            self._lines(events),
+            headers={"Cache-Control": "no-cache", **headers},
+            media_type="text/event-stream",
         )
-        self._answer = answer
+        self._answer, self._failed = answer, 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send them."""
@@ -124,15 +139,17 @@ class EventStream(StreamingResponse):
         finally:
             # Here and not in the generator: one that was never started runs no `finally`.
             self._answer.cancel()
+            scope["state"]["failed"] = self._failed
 
-
-async def _lines(events: AsyncIterator[dict[str, Any]]) -> AsyncIterator[str]:
-    try:
-        async for event in events:
-            yield f"data: {json.dumps(event, ensure_ascii=False)}\n\n"
-    except Exception as error:  # the status line is out already: the error goes into the stream
-        yield f"data: {json.dumps(faults.body(faults.of_exception(error), '/v1'))}\n\n"
-    yield "data: [DONE]\n\n"
+    async def _lines(self, events: AsyncIterator[dict[str, Any]]) -> AsyncIterator[str]:
+        try:
+            async for event in events:
+                yield f"data: {json.dumps(event, ensure_ascii=False)}\n\n"
+        except Exception as error:  # the status line is out already: the error goes into the stream
+            fault = faults.of_exception(error)
+            self._failed = fault.status
+            yield f"data: {json.dumps(faults.body(fault, '/v1'))}\n\n"
+        yield "data: [DONE]\n\n"
 
 
 @dataclass(frozen=True)
@@ -204,6 +221,7 @@ def _usage(answer: Answer, last: Piece) -> dict[str, int]:
 def router(catalogue: Catalogue) -> APIRouter:
     """The routes."""
     routes = APIRouter(prefix="/v1")
+    told = ("version", "digest", "ready", "reason", "refused", "task", "canary")
 
     @routes.get("/models")
     def models() -> dict[str, Any]:
@@ -212,7 +230,7 @@ def router(catalogue: Catalogue) -> APIRouter:
             "object": "list",
             "data": [
                 {"id": s["name"], "object": "model", "created": s["since"], "owned_by": "tuneyard"}
-                | {key: s[key] for key in ("version", "digest", "ready", "reason", "task")}
+                | {key: s[key] for key in told}
                 for s in catalogue.states()
             ],
         }
@@ -221,13 +239,17 @@ def router(catalogue: Catalogue) -> APIRouter:
     async def chat(request: Request, asked: ChatRequest) -> Response:
         """Answer a conversation."""
         messages = [{"role": message.role, "content": message.text} for message in asked.messages]
-        answer = await ask(catalogue, request, asked, lambda served: served.encode_chat(messages))
+        # What every further turn sends again: the messages before the first answer.
+        first = next((i for i, m in enumerate(messages) if m["role"] == "assistant"), len(messages))
+        opening = json.dumps(messages[: first or 1])
+        answer = await ask(catalogue, request, asked, opening, lambda served: served.encode_chat(messages))
         return await respond(request, asked, answer, _CHAT)
 
     @routes.post("/completions")
     async def completions(request: Request, asked: CompletionRequest) -> Response:
         """Go on with a text."""
-        answer = await ask(catalogue, request, asked, lambda served: served.encode_text(asked.prompt))
+        prompt = asked.prompt
+        answer = await ask(catalogue, request, asked, prompt, lambda served: served.encode_text(prompt))
         return await respond(request, asked, answer, _TEXT)
 
     return routes

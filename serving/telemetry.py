@@ -9,14 +9,18 @@ from prometheus_client import CollectorRegistry, Counter, Histogram
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
 
-_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
+# Half as much again from one to the next: the p99 of two versions is compared (components/deploy/verdict.py).
+_SECONDS = (
+    *(0.005, 0.0075, 0.01, 0.015, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 0.75),
+    *(1, 1.5, 2, 3, 5, 7.5, 10, 15, 20, 30, 45, 60, 90, 120),
+)
 
 
 class Telemetry:
     """The counters, and gauges that are read off the models when somebody looks.
 
     Args:
-        states: gives for each model in service: name, version, digest, task, waiting, in_flight, ready.
+        states: gives what arms.state tells of each model in service.
     """
 
     def __init__(self, states: Callable[[], list[dict[str, Any]]]) -> None:
@@ -30,7 +34,7 @@ class Telemetry:
         self.seconds = Histogram(
             "tuneyard_request_seconds",
             "Seconds from a request to the end of its answer",
-            ["model", "route"],
+            ["model", "version", "route"],
             buckets=_SECONDS,
             registry=self.registry,
         )
@@ -52,15 +56,27 @@ class _Gauges(Collector):
 
     def collect(self) -> Iterator[GaugeMetricFamily]:
         """The state of the models now."""
-        queue = GaugeMetricFamily("tuneyard_queue_length", "Requests that wait", labels=["model"])
-        flying = GaugeMetricFamily("tuneyard_in_flight", "Requests being answered", labels=["model"])
-        ready = GaugeMetricFamily("tuneyard_model_ready", "1 when the model answers", labels=["model"])
-        labels = ["model", "version", "digest", "task"]
-        info = GaugeMetricFamily("tuneyard_model_info", "Which model is in service", labels=labels)
+        one, each = ["model"], ["model", "version"]
+        queue = GaugeMetricFamily("tuneyard_queue_length", "Requests that wait", labels=one)
+        flying = GaugeMetricFamily("tuneyard_in_flight", "Requests being answered", labels=one)
+        ready = GaugeMetricFamily("tuneyard_model_ready", "1 when the model answers", labels=one)
+        weight = GaugeMetricFamily("tuneyard_canary_weight", "Share of the requests", labels=each)
+        told = "Population stability index of the last requests against the training, 0 when alike"
+        drift = GaugeMetricFamily("tuneyard_input_drift", told, labels=[*each, "signal"])
+        labels = [*each, "digest", "task", "role"]
+        info = GaugeMetricFamily("tuneyard_model_info", "Which versions are in service", labels=labels)
         for state in self._states():
-            queue.add_metric([state["name"]], state["waiting"])
-            flying.add_metric([state["name"]], state["in_flight"])
-            ready.add_metric([state["name"]], float(state["ready"]))
-            if state["digest"]:
-                info.add_metric([state["name"], state["version"], state["digest"], state["task"]], 1)
-        yield from (queue, flying, ready, info)
+            name, arms = state["name"], {"stable": state, "canary": state["canary"]}
+            ready.add_metric([name], float(state["ready"]))
+            here = {role: arm for role, arm in arms.items() if arm is not None}
+            queue.add_metric([name], sum(arm["waiting"] for arm in here.values()))
+            flying.add_metric([name], sum(arm["in_flight"] for arm in here.values()))
+            for role, arm in here.items():
+                version = arm["version"]
+                if arm["digest"]:
+                    info.add_metric([name, version, arm["digest"], arm["task"], role], 1)
+                if role == "canary":
+                    weight.add_metric([name, version], arm["weight"])
+                for signal, value in arm["drift"].items():
+                    drift.add_metric([name, version, signal], value)
+        yield from (queue, flying, ready, weight, drift, info)

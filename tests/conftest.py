@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import os
 import shutil
+import socket
 import uuid
 
 import hypothesis
 import pytest
 
+from tests.tiny import tiny_gemma
+
+# For a line of source, `inspect` looks through every loaded module: 0.1 s when torch's are among them. kfp
+# asks it 48 times in a compile for the name of a caller, and for no line.
+inspect.stack.__defaults__ = (0,)
+# Tiny models are slower on two threads than on one, and far slower when the machine is busy. PyTorch reads
+# this when it is imported.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 # The machine is shared: how long an example takes says nothing about the code.
 hypothesis.settings.register_profile("house", deadline=None)
 hypothesis.settings.load_profile("house")
@@ -20,6 +30,34 @@ TEXTS = [
     "合同自成立时生效，法律另有规定的除外。Contracts take effect when they are formed.",
     "profit rose to 12 mln dlrs vs 3 mln in the first quarter, the company said",
 ]
+
+
+# Fixtures with a server process behind them: a test that asks for one is marked `server`.
+SERVERS = {"embedded_home", "s3_server", "store_env"}
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest picks by marker
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if SERVERS & set(getattr(item, "fixturenames", ())):
+            item.add_marker(pytest.mark.server)
+
+
+@pytest.fixture(autouse=True)
+def no_network(request, monkeypatch):
+    """A test that is not marked for it connects to nothing, not even on this machine."""
+    if any(request.node.get_closest_marker(name) for name in ("server", "e2e")):
+        return
+
+    def refuse(self, address):
+        raise AssertionError(f"a unit test connects to {address}: mark it with pytest.mark.server")
+
+    def connect(self, address):
+        return original(self, address) if self.family == socket.AF_UNIX else refuse(self, address)
+
+    original = socket.socket.connect
+    monkeypatch.setattr(socket.socket, "connect", connect)
+    monkeypatch.setattr(socket.socket, "connect_ex", refuse)
 
 
 @pytest.fixture(autouse=True)
@@ -93,26 +131,10 @@ def tiny_tokenizer():
 @pytest.fixture(scope="session")
 def tiny_causal(tmp_path_factory, tiny_tokenizer):
     """Folder of a random Gemma 3 with two layers."""
-    import torch
-    from transformers import Gemma3ForCausalLM, Gemma3TextConfig
-
-    torch.manual_seed(0)
-    config = Gemma3TextConfig(
-        vocab_size=len(tiny_tokenizer),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=16,
-        max_position_embeddings=512,
-        sliding_window=64,
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=2,
-    )
     folder = tmp_path_factory.mktemp("tiny-causal")
-    Gemma3ForCausalLM(config).save_pretrained(folder)
+    ids = {"bos_token_id": 1, "eos_token_id": 2}
+    sizes = {"max_position_embeddings": 512, "sliding_window": 64, "initializer_range": 0.02}
+    tiny_gemma(len(tiny_tokenizer), **ids, **sizes).save_pretrained(folder)
     tiny_tokenizer.save_pretrained(folder)
     return folder
 

@@ -1,4 +1,4 @@
-"""Put the champion in service: the desired state is written, the server loads it, and it must answer."""
+"""Put the champion in service: the desired state is written, every replica loads it, and each must answer."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ import tempfile
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from components.deploy import canary, replicas, switching
 from components.deploy.config import DeployConfig
-from components.deploy.server import Answer, ModelServer, address
-from components.shared import registry
+from components.deploy.server import ModelServer, address
+from components.shared import deployments, registry
 from components.shared.errors import TuneyardError
 from components.shared.manifest import Manifest
 from components.shared.modelcard import NAME as CARD_NAME
@@ -24,9 +24,6 @@ from components.shared.stage import Artifact, Context, Result
 from components.shared.store import Store
 
 log = logging.getLogger("tuneyard.deploy")
-
-# How long the way back may take once a deployment has failed.
-_RESTORE_SECONDS = 60.0
 
 
 @dataclass(frozen=True)
@@ -39,9 +36,9 @@ class Deployment:
         digest: of the model's manifest.
         endpoint: where to POST.
         answer: what the model said to the probe.
-        changed: False when the server served this very version already.
+        changed: False when every replica served this very version already.
         previous_version: in service before; None when there was none.
-        load_seconds: the server took to fetch, verify, load and probe it.
+        load_seconds: the slowest replica took to fetch, verify, load and probe it.
         seconds: all together.
     """
 
@@ -59,7 +56,8 @@ class Deployment:
 def deploy(config: DeployConfig, inputs: Mapping[str, Artifact], context: Context) -> Result:
     """Put the present champion of the registered name in service, whichever version that is.
 
-    Stops the line when there is no champion; raises what put_in_service raises.
+    Stops the line when there is no champion, or when it is tried as a canary and fails; raises what
+    put_in_service and canary.run raise.
     """
     registration = json.loads((inputs["registration"].path / "registration.json").read_text())
     name, version = registration["name"], registration["version"]
@@ -74,11 +72,37 @@ def deploy(config: DeployConfig, inputs: Mapping[str, Artifact], context: Contex
     if champion.version != version:
         why = registration.get("why", "")
         log.info("%s: version %s is not champion (%s); %s stays", name, version, why, champion.version)
+    done: dict[str, Any] = {}
+    before = context.store.read_json(deployments.document_name(name))
+    if config.canary is not None and before is not None and not switching.is_deployed(before, champion):
+        card = _verified_card(champion, context.store)
+        who = f"pipeline {context.pipeline}, run {context.run}"
+        trial = canary.Trial(champion, card, before, config.canary, who)
+        outcome = canary.run(trial, context.store, *address(), config.ready_seconds)
+        if not outcome.verdict.passed:
+            return _taken_back(trial, outcome, context)
+        done = {"changed": True, "previous_version": before["version"], "canary": outcome.evidence}
+        done |= {"load_seconds": outcome.load_seconds}
     deployment = put_in_service(name, context.store, *address(), config.ready_seconds)
-    summary = asdict(deployment) | {"registered_version": version}
+    summary = asdict(deployment) | {"registered_version": version} | done
     _write(context, summary)
-    metrics = {"load_seconds": deployment.load_seconds}
+    metrics = {"load_seconds": summary["load_seconds"]}
     return Result(kinds={"deployment": "report"}, metrics=metrics, summary=summary)
+
+
+def _taken_back(trial: canary.Trial, outcome: canary.Outcome, context: Context) -> Result:
+    name, stays = trial.champion.name, trial.before["version"]
+    # No `version` in it: another submit asks again, and finds the old champion.
+    summary = {"name": name, "deployed": False, "canary": outcome.evidence}
+    _write(context, summary)
+    return Result(
+        kinds={"deployment": "report"},
+        metrics={"load_seconds": outcome.load_seconds},
+        summary=summary,
+        stop=f"{name} version {trial.champion.version} failed as a canary, version {stays} stays: "
+        f"{outcome.verdict.why}",
+        stop_todo=f"tuneyard history {name} has the numbers; tuneyard promote {name} deploys it all the same",
+    )
 
 
 def _write(context: Context, document: dict[str, Any]) -> None:
@@ -88,7 +112,7 @@ def _write(context: Context, document: dict[str, Any]) -> None:
 
 
 def put_in_service(name: str, store: Store, url: str, token: str, ready_seconds: float) -> Deployment:
-    """Put the champion of a registered model in service, unless it is.
+    """Put the champion of a registered model in service on every replica, for all requests, unless it is.
 
     Args:
         name: of the registered model.
@@ -98,7 +122,7 @@ def put_in_service(name: str, store: Store, url: str, token: str, ready_seconds:
         ready_seconds: how long all of it may take.
 
     Raises:
-        TuneyardError: no champion, files missing, the server refuses it, or it does not answer as this
+        TuneyardError: no champion, files missing, a replica refuses it, is late, or does not answer as this
             version. Then what was desired and served before is so again.
     """
     started = time.monotonic()
@@ -108,15 +132,22 @@ def put_in_service(name: str, store: Store, url: str, token: str, ready_seconds:
     server = ModelServer(url, token, ready_seconds)
     card = _verified_card(champion, store)
     server.wait_until_alive()
-    before = store.read_json(_document_name(name))
-    present = server.served().get(name, {})
-    same = present.get("ready") and _same(present, champion) and _same(before or {}, champion)
+    before = store.read_json(deployments.document_name(name))
+    wanted = switching.document(champion, card, before)
+    deployment = deployments.parse(name, wanted)
+    same = (
+        before is not None
+        and not before.get("canary")
+        and switching.is_deployed(before, champion)
+        and replicas.agree(server, deployment)
+    )
     load_seconds = 0.0
     if same:
-        answer = _checked(server.ask(name, card.task), champion)
+        answer = switching.asked([server], deployment, champion)
         log.info("%s: version %s is in service already, and answers", name, champion.version)
     else:
-        answer, load_seconds = _replace(champion, card, before, store, server)
+        answer, load_seconds = switching.switch(wanted, before, champion, store, server)
+        log.info("%s: version %s in service, loaded in %s s", name, champion.version, load_seconds)
     return Deployment(
         name=name,
         version=champion.version,
@@ -128,43 +159,6 @@ def put_in_service(name: str, store: Store, url: str, token: str, ready_seconds:
         load_seconds=load_seconds,
         seconds=round(time.monotonic() - started, 3),
     )
-
-
-def _replace(
-    champion: RegisteredVersion,
-    card: ModelCard,
-    before: dict[str, Any] | None,
-    store: Store,
-    server: ModelServer,
-) -> tuple[Answer, float]:
-    """Write the desired state, load, ask; undo it where that fails. Returns answer and load seconds."""
-    name = champion.name
-    store.write_json(_document_name(name), _document(champion, card, before))
-    try:
-        state = server.load(name)
-        answer = _checked(server.ask(name, card.task), champion)
-    except BaseException:
-        # Ctrl-C too: a version that was never seen to answer must not be loaded at the server's next start.
-        _restore(name, before, store, ModelServer(server.url, server.token, _RESTORE_SECONDS))
-        raise
-    log.info("%s: version %s in service, loaded in %s s", name, champion.version, state["seconds"])
-    return answer, float(state["seconds"])
-
-
-def _restore(name: str, before: dict[str, Any] | None, store: Store, server: ModelServer) -> None:
-    if before is None:
-        store.remove(_document_name(name))
-    else:
-        store.write_json(_document_name(name), before)
-    try:
-        # After a refusal the server has kept the old version, and this changes nothing; after a probe that
-        # failed, or a load that took too long, it takes the server back.
-        if before is not None:
-            server.load(name)
-        elif server.served().get(name, {}).get("version"):
-            server.unload(name)
-    except TuneyardError as error:
-        log.error("%s: the version before could not be put back in service: %s", name, error)
 
 
 def _verified_card(champion: RegisteredVersion, store: Store) -> ModelCard:
@@ -190,40 +184,6 @@ def _verified_card(champion: RegisteredVersion, store: Store) -> ModelCard:
     only_card = Manifest(manifest.kind, tuple(e for e in manifest.files if e.path == CARD_NAME))
     with tempfile.TemporaryDirectory() as scratch:
         return ModelCard.read(store.get_tree(only_card, Path(scratch)))
-
-
-def _document_name(name: str) -> str:
-    return f"deployments/{name}.json"
-
-
-def _document(champion: RegisteredVersion, card: ModelCard, before: dict[str, Any] | None) -> dict[str, Any]:
-    previous = before
-    if before is not None and _same(before, champion):
-        previous = before.get("previous")
-    return {
-        "name": champion.name,
-        "version": champion.version,
-        "digest": champion.digest,
-        "manifest": champion.manifest_uri,
-        "card": card.model_dump(),
-        "at": datetime.now(UTC).isoformat(timespec="seconds"),
-        # One step back is kept here; the whole history is the ledger's.
-        "previous": {k: v for k, v in previous.items() if k != "previous"} if previous else None,
-    }
-
-
-def _same(state: Mapping[str, Any], champion: RegisteredVersion) -> bool:
-    return str(state.get("version")) == str(champion.version) and state.get("digest") == champion.digest
-
-
-def _checked(answer: Answer, champion: RegisteredVersion) -> Answer:
-    if (answer.version, answer.digest) != (str(champion.version), champion.digest):
-        raise TuneyardError(
-            f"{champion.name}: version {answer.version} ({answer.digest[:12]}) answered instead of version "
-            f"{champion.version} ({champion.digest[:12]})",
-            "is another deployment of this model under way? wait for it and deploy again",
-        )
-    return answer
 
 
 def _endpoint(url: str, name: str, task: str) -> str:

@@ -1,8 +1,9 @@
-"""The model server as the deploy stage sees it: what it serves, load this, answer me."""
+"""The model server as the deploy stage sees it: what it serves, look at the store, answer me."""
 
 from __future__ import annotations
 
 import os
+import socket
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +14,10 @@ from components.shared.errors import TuneyardError
 
 _POLL_SECONDS = 0.5
 _QUESTION = "1 + 1 = ?"
+
+
+class Unreachable(TuneyardError):
+    """Nobody listens there: not yet, or not any more."""
 
 
 @dataclass(frozen=True)
@@ -30,24 +35,56 @@ def address() -> tuple[str, str]:
 
 
 class ModelServer:
-    """A client of one server.
+    """A client of the model server, or of one of its replicas.
 
     Args:
         url: http:// URL of the server.
         token: of its admin routes.
         seconds: how long everything asked through this client may take together.
+        address: of one replica; empty: whichever the URL leads to.
     """
 
-    def __init__(self, url: str, token: str, seconds: float) -> None:
+    def __init__(self, url: str, token: str, seconds: float, address: str = "") -> None:
         missing = [n for n, v in (("TUNEYARD_SERVING_URL", url), ("TUNEYARD_SERVING_TOKEN", token)) if not v]
         if missing:
             raise TuneyardError(
                 f"{' and '.join(missing)} not set", "start through `tuneyard`, which sets them"
             )
         self.url = url.rstrip("/")
-        self._seconds = seconds
+        self.token, self.seconds, self.address = token, seconds, address
         self._until = time.monotonic() + seconds
-        self.token = token
+
+    def replicas(self) -> list[ModelServer]:
+        """A client for each address that the server's name has now: on a cluster, for each pod.
+
+        Raises:
+            Unreachable: the name has none.
+        """
+        parts = httpx.URL(self.url)
+        port = parts.port or {"http": 80, "https": 443}[parts.scheme]
+        try:
+            found = socket.getaddrinfo(parts.host, port, type=socket.SOCK_STREAM)
+        except OSError as error:
+            raise Unreachable(
+                f"{self.url}: {parts.host!r} has no address ({error})", "`tuneyard up`"
+            ) from error
+        clients = [
+            ModelServer(self.url, self.token, self.seconds, address)
+            for address in sorted({str(each[4][0]) for each in found})
+        ]
+        for client in clients:
+            client._until = self._until
+        return clients
+
+    @property
+    def left(self) -> float:
+        """Seconds that are left of those that this client was given; half a second at least."""
+        return max(_POLL_SECONDS, self._until - time.monotonic())
+
+    @property
+    def is_late(self) -> bool:
+        """Whether the time is up."""
+        return time.monotonic() + _POLL_SECONDS > self._until
 
     def wait_until_alive(self) -> None:
         """Wait for a server that is still starting.
@@ -80,42 +117,61 @@ class ModelServer:
                 return False
             time.sleep(_POLL_SECONDS)
 
-    def load(self, name: str) -> dict[str, Any]:
-        """Put the desired version of a model in service; the old one stays until it answers.
+    def follow(self, name: str) -> dict[str, Any] | None:
+        """Let it do now what the store says of a model; the old version stays until the new one answers.
+
+        Returns:
+            The model's state; None when the store says nothing of it, and it is out of service.
 
         Raises:
-            TuneyardError: the server refused it, in its own words, or it took too long.
+            TuneyardError: the server refused the version, in its own words, or it took too long.
         """
-        state: dict[str, Any] = self._done("POST", "/admin/deploy", json={"name": name}).json()
+        response = self._settled("POST", "/admin/deploy", json={"name": name})
+        if response.status_code == 404 and "no_deployment" in response.text:
+            return None
+        state: dict[str, Any] = self._successful("POST", "/admin/deploy", response).json()
         return state
 
-    def unload(self, name: str) -> None:
-        """Take a model out of service."""
-        self._done("DELETE", f"/admin/models/{name}")
+    def metrics(self) -> str:
+        """What it tells Prometheus."""
+        return self._done("GET", "/metrics").text
 
-    def ask(self, name: str, task: str) -> Answer:
+    def ask(self, name: str, task: str, version: str = "") -> Answer:
         """Let the model answer a question, as any client would.
+
+        Args:
+            name: of the model.
+            task: of its card.
+            version: that should answer; empty: whichever does.
 
         Raises:
             TuneyardError: it does not.
         """
+        wanted = {"X-Model-Version": version} if version else {}
         if task == "causal-lm":
             message = {"role": "user", "content": _QUESTION}
             body = {"model": name, "messages": [message], "max_tokens": 16, "temperature": 0}
-            response = self._done("POST", "/v1/chat/completions", json=body)
+            response = self._done("POST", "/v1/chat/completions", json=body, headers=wanted)
             text = response.json()["choices"][0]["message"]["content"]
         else:
             tensor = {"name": "text", "shape": [1], "datatype": "BYTES", "data": [_QUESTION]}
-            response = self._done("POST", f"/v2/models/{name}/infer", json={"inputs": [tensor]})
+            path = f"/v2/models/{name}/infer"
+            response = self._done("POST", path, json={"inputs": [tensor]}, headers=wanted)
             text = response.json()["outputs"][0]["data"][0]
         return Answer(text, response.headers["x-model-version"], response.headers["x-model-digest"])
 
-    def _done(self, method: str, path: str, json: Any = None) -> httpx.Response:
+    def _done(self, method: str, path: str, json: Any = None, headers: Any = None) -> httpx.Response:
         """The response of a request that must succeed; waits while the server is busy."""
-        response = self._call(method, path, json)
+        return self._successful(method, path, self._settled(method, path, json, headers))
+
+    def _settled(self, method: str, path: str, json: Any = None, headers: Any = None) -> httpx.Response:
+        response = self._call(method, path, json, headers)
         while response.status_code in (429, 503) and time.monotonic() + _POLL_SECONDS < self._until:
             time.sleep(_POLL_SECONDS)
-            response = self._call(method, path, json)
+            response = self._call(method, path, json, headers)
+        return response
+
+    def _successful(self, method: str, path: str, response: httpx.Response) -> httpx.Response:
         if response.is_success:
             return response
         todo = (
@@ -123,24 +179,33 @@ class ModelServer:
             if response.status_code != 401
             else "use the token the server was started with"
         )
-        raise TuneyardError(f"{method} {self.url}{path}: {response.status_code}, {_said(response)}", todo)
+        raise TuneyardError(f"{method} {self}{path}: {response.status_code}, {_said(response)}", todo)
 
-    def _call(self, method: str, path: str, json: Any = None) -> httpx.Response:
-        left = max(_POLL_SECONDS, self._until - time.monotonic())
-        headers = {"Authorization": f"Bearer {self.token}"} if path.startswith("/admin/") else {}
+    def __str__(self) -> str:
+        """Its URL, and which replica."""
+        return f"{self.url} ({self.address})" if self.address and self.address not in self.url else self.url
+
+    def _call(self, method: str, path: str, json: Any = None, headers: Any = None) -> httpx.Response:
+        url = httpx.URL(self.url + path)
+        told = {"Host": url.netloc.decode(), **(headers or {})}
+        if path.startswith("/admin/"):
+            told["Authorization"] = f"Bearer {self.token}"
+        # One of several addresses is asked by its number, but its certificate has the name.
+        extensions = {"sni_hostname": url.host} if url.scheme == "https" else {}
+        if self.address:
+            url = url.copy_with(host=self.address)
         try:
             # No proxy of the environment: the token is for the server alone.
-            return httpx.request(
-                method, self.url + path, json=json, headers=headers, timeout=left, trust_env=False
-            )
+            with httpx.Client(trust_env=False, timeout=self.left) as client:
+                return client.request(method, url, json=json, headers=told, extensions=extensions)
         except httpx.TimeoutException as error:
             raise TuneyardError(
-                f"{method} {self.url}{path}: no answer within deploy.ready_seconds ({self._seconds:g})",
+                f"{method} {self}{path}: no answer within deploy.ready_seconds ({self.seconds:g})",
                 "raise deploy.ready_seconds, or look into the server's log",
             ) from error
         except httpx.TransportError as error:
-            raise TuneyardError(
-                f"{method} {self.url}{path}: the model server cannot be reached ({error})", "`tuneyard up`"
+            raise Unreachable(
+                f"{method} {self}{path}: the model server cannot be reached ({error})", "`tuneyard up`"
             ) from error
 
 

@@ -11,6 +11,7 @@ from typing import Any
 from components.evaluate import baselines, class_metrics, predictions, resources
 from components.evaluate.config import EvaluateConfig
 from components.evaluate.findings import Findings
+from components.evaluate.slices.share import Part, Share, joined, rows
 from components.shared import causal, clock, jsonl
 from components.shared.errors import TuneyardError
 from components.shared.modelcard import ModelCard
@@ -31,11 +32,41 @@ class Exam:
     per_device_batch_size: int
 
 
+def take(
+    config: EvaluateConfig,
+    tests: Sequence[Mapping[str, Any]],
+    inputs: Mapping[str, Artifact],
+    context: Context,
+    share: Share,
+) -> Part:
+    """Put a share of the test texts through each model, and through the frozen base.
+
+    Args:
+        config: see EvaluateConfig.
+        tests: test examples sorted by id.
+        inputs: `model`, `train`, and `compressed` where there is that stage.
+        context: of the stage.
+        share: which batches.
+
+    Raises:
+        TuneyardError: a label of test or train is none of the model's, or the base has changed.
+    """
+    exam, train = _prepare(config, tests, inputs)
+    encodings = _encode(inputs["model"].path, exam.texts, exam)
+    part = Part({}, {"cut": encodings.cut})
+    _classifier("tuned", exam, encodings, inputs["model"].path, share, part)
+    if "compressed" in inputs:
+        _classifier("compressed", exam, encodings, inputs["compressed"].path, share, part)
+    _embed(exam, train, ModelCard.read(inputs["model"].path), context, share, part)
+    return part
+
+
 def judge(
     config: EvaluateConfig,
     tests: Sequence[Mapping[str, Any]],
     inputs: Mapping[str, Artifact],
     context: Context,
+    parts: Sequence[Part],
 ) -> Findings:
     """Every way to classify the test texts, side by side; `compressed` ships where there is one.
 
@@ -44,10 +75,42 @@ def judge(
         tests: test examples sorted by id.
         inputs: `model`, `train`, and `compressed` where there is that stage.
         context: of the stage.
+        parts: what `take` found in every share.
 
     Raises:
-        TuneyardError: a label of test or train is none of the model's, or the base has changed.
+        TuneyardError: a label of test or train is none of the model's, or the parts do not add up.
     """
+    exam, train = _prepare(config, tests, inputs)
+    first = parts[0]
+    systems: dict[str, dict[str, Any]] = {}
+    scores: dict[str, Any] = {}
+    for name in ("tuned", "compressed") if "compressed" in inputs else ("tuned",):
+        scores[name] = class_metrics.probabilities(joined(parts, f"{name}/logits"))
+        found = class_metrics.score(exam.truth, scores[name], exam.labels)
+        systems[name] = {**found, **first.measured[name]}
+    systems["tuned"]["about"] = "the tuned model, PyTorch float32"
+    if "compressed" in inputs:
+        folders = inputs["model"].path, inputs["compressed"].path
+        systems["compressed"] |= compression(systems["tuned"], systems["compressed"], *folders)
+    systems["base"], scores["base"] = _probe(exam, train, parts)
+    systems["tfidf_logreg"], scores["tfidf_logreg"] = _tfidf(exam, train)
+    limit = {"limit_tokens": exam.max_length_tokens}
+    facts = {
+        "truncated": {"texts": first.facts["cut"], "of": len(tests)} | limit,
+        "latency": "of one text alone; texts per second in batches sorted by length, int8 one text at a time",
+        "threads": first.measured["machine"]["threads"],
+    }
+    if len(parts) > 1:
+        count = len(first.arrays["tuned/logits"])
+        facts["latency"] += f"; measured, as memory, on slice 1 of {len(parts)} alone: {count} texts"
+    ships = "compressed" if "compressed" in inputs else "tuned"
+    return Findings(systems, ships, _rows(tests, exam, scores), facts)
+
+
+def _prepare(
+    config: EvaluateConfig, tests: Sequence[Mapping[str, Any]], inputs: Mapping[str, Artifact]
+) -> tuple[Exam, list[dict[str, Any]]]:
+    """The exam, and the train examples."""
     card = ModelCard.read(inputs["model"].path)
     train = list(jsonl.read(inputs["train"].path / "examples.jsonl"))
     refuse_unknown_labels({"test": tests, "train": train}, card.labels)
@@ -58,25 +121,7 @@ def judge(
         card.max_length_tokens,
         config.per_device_batch_size,
     )
-    folder = inputs["model"].path
-    systems: dict[str, dict[str, Any]] = {}
-    encodings = _encode(folder, exam.texts, exam)
-    scores = {}
-    systems["tuned"], scores["tuned"] = _classifier("tuned", exam, encodings, folder)
-    systems["tuned"]["about"] = "the tuned model, PyTorch float32"
-    if "compressed" in inputs:
-        path = inputs["compressed"].path
-        systems["compressed"], scores["compressed"] = _classifier("compressed", exam, encodings, path)
-        systems["compressed"] |= compression(systems["tuned"], systems["compressed"], folder, path)
-    systems["base"], scores["base"] = _probe(exam, train, card, context)
-    systems["tfidf_logreg"], scores["tfidf_logreg"] = _tfidf(exam, train)
-    facts = {
-        "truncated": {"texts": encodings.cut, "of": len(tests), "limit_tokens": exam.max_length_tokens},
-        "latency": "of one text alone; texts per second in batches sorted by length, int8 one text at a time",
-        "threads": _threads(),
-    }
-    ships = "compressed" if "compressed" in inputs else "tuned"
-    return Findings(systems, ships, _rows(tests, exam, scores), facts)
+    return exam, train
 
 
 def refuse_unknown_labels(parts: Mapping[str, Sequence[Mapping[str, Any]]], labels: Sequence[str]) -> None:
@@ -116,27 +161,31 @@ def _encode(folder: Path, texts: Sequence[str], exam: Exam) -> predictions.Encod
 
 
 def _classifier(
-    name: str, exam: Exam, encodings: predictions.Encodings, folder: Path
-) -> tuple[dict[str, Any], Any]:
-    """One of our model folders, PyTorch or ONNX. Returns its metrics and probabilities."""
+    name: str, exam: Exam, encodings: predictions.Encodings, folder: Path, share: Share, part: Part
+) -> None:
+    """Put one of our model folders, PyTorch or ONNX, to a share of the texts; its logits go into the part."""
     card = ModelCard.read(folder)
-    together = 1 if card.one_at_a_time else exam.per_device_batch_size
+    batches = share.take(encodings.batches(1 if card.one_at_a_time else exam.per_device_batch_size))
+    if not batches:
+        part.arrays.update(rows(f"{name}/logits", [], []))
+        return
     with resources.peak_memory() as memory:
         if card.layout == "onnx":
             forward = predictions.onnx_classifier(folder / "model.onnx", _threads())
         else:
             forward = predictions.torch_classifier(folder)
-        progress = Progress(f"{name}: texts", len(encodings), "texts")
-        timed = predictions.run(forward, encodings, together, True, progress.advance)
+        progress = Progress(share.label(f"{name}: texts"), sum(map(len, batches)), "texts")
+        timed = predictions.run(forward, encodings, batches, share.measures, progress.advance)
     del forward
     gc.collect()
-    scores = class_metrics.probabilities(timed.outputs)
-    return {
-        **class_metrics.score(exam.truth, scores, exam.labels),
-        **resources.latencies(timed.single_seconds),
-        "texts_per_second": len(encodings) / timed.seconds,
-        "memory_gib": memory["gib"],
-    }, scores
+    part.arrays.update(rows(f"{name}/logits", timed.of, timed.outputs))
+    if share.measures:
+        part.measured[name] = {
+            **resources.latencies(timed.single_seconds),
+            "texts_per_second": len(timed.of) / timed.seconds,
+            "memory_gib": memory["gib"],
+        }
+        part.measured["machine"] = {"threads": _threads()}
 
 
 def compression(
@@ -158,17 +207,37 @@ def _weight_bytes(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.iterdir() if path.suffix in _WEIGHTS)
 
 
-def _probe(
-    exam: Exam, train: Sequence[Mapping[str, Any]], card: ModelCard, context: Context
-) -> tuple[dict[str, Any], Any]:
-    """The base, frozen, under a logistic regression."""
+def _embed(
+    exam: Exam,
+    train: Sequence[Mapping[str, Any]],
+    card: ModelCard,
+    context: Context,
+    share: Share,
+    part: Part,
+) -> None:
+    """Put the frozen base to a share of the test texts and of some train texts: vectors go into the part."""
     folder = card.base_model.folder(context.store)
     few = baselines.probe_examples(train)
     encodings = _encode(folder, [*exam.texts, *(row["text"] for row in few)], exam)
-    progress = Progress("base: texts", len(encodings), "texts")
+    batches = share.take(encodings.batches(exam.per_device_batch_size))
+    if not batches:
+        part.arrays.update(rows("base/vectors", [], []))
+        return
+    progress = Progress(share.label("base: texts"), sum(map(len, batches)), "texts")
     with resources.peak_memory() as memory:
         embed = predictions.torch_embedder(folder, causal.preferred_precision("auto"))
-        vectors = predictions.run(embed, encodings, exam.per_device_batch_size, done=progress.advance).outputs
+        timed = predictions.run(embed, encodings, batches, done=progress.advance)
+    part.arrays.update(rows("base/vectors", timed.of, timed.outputs))
+    if share.measures:
+        part.measured["base"] = {"memory_gib": memory["gib"]}
+
+
+def _probe(
+    exam: Exam, train: Sequence[Mapping[str, Any]], parts: Sequence[Part]
+) -> tuple[dict[str, Any], Any]:
+    """The base, frozen, under a logistic regression."""
+    vectors = joined(parts, "base/vectors")
+    few = baselines.probe_examples(train)
     count = len(exam.texts)
     truth = [exam.labels.index(row["label"]) for row in few]
     with clock.arithmetic():
@@ -176,7 +245,7 @@ def _probe(
     return {
         "about": f"linear probe: the frozen base model, and logistic regression on {len(few)} train examples",
         **class_metrics.score(exam.truth, scores, exam.labels),
-        "memory_gib": memory["gib"],
+        **parts[0].measured["base"],
     }, scores
 
 

@@ -6,12 +6,14 @@ import json
 import logging
 import os
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from components.evaluate import answers, classes, gates, page
 from components.evaluate.config import EvaluateConfig
 from components.evaluate.findings import Findings, flat, numbers
+from components.evaluate.slices import keeping
 from components.shared import jsonl
 from components.shared.errors import TuneyardError
 from components.shared.modelcard import ModelCard
@@ -38,10 +40,10 @@ def evaluate(config: EvaluateConfig, inputs: Mapping[str, Artifact], context: Co
             or the text metrics do not hold for the corpus.
     """
     card = ModelCard.read(inputs["model"].path)
-    gates.refuse_unknown(config.gates, card.task)
-    tests = read_tests(inputs["test"].path / "examples.jsonl", inputs["train"].path / "examples.jsonl")
-    judge = answers.judge if card.task == "causal-lm" else classes.judge
-    findings = judge(config, tests, inputs, context)
+    task = task_of(inputs, config)
+    tests = read_tests(inputs)
+    parts = keeping.gather(partial(task.take, config, tests, inputs, context), context)
+    findings = task.judge(config, tests, inputs, context, parts)
     verdict = gates.verdict(config.gates, findings.ships, findings.systems[findings.ships])
     document = {
         "task": card.task,
@@ -70,12 +72,27 @@ def evaluate(config: EvaluateConfig, inputs: Mapping[str, Artifact], context: Co
     )
 
 
-def read_tests(test: Path, train: Path) -> list[dict[str, Any]]:
+def task_of(inputs: Mapping[str, Artifact], config: EvaluateConfig) -> Any:
+    """The module that judges a model of this task: its `take` does a share, its `judge` reads all of them.
+
+    Raises:
+        TuneyardError: a gate is on a metric that this task has not.
+    """
+    task = ModelCard.read(inputs["model"].path).task
+    gates.refuse_unknown(config.gates, task)
+    return answers if task == "causal-lm" else classes
+
+
+def read_tests(inputs: Mapping[str, Artifact]) -> list[dict[str, Any]]:
     """The test examples, by id.
+
+    Args:
+        inputs: `test`, and `train` to show that test is not in it.
 
     Raises:
         TuneyardError: there is none, or some are in train too.
     """
+    test, train = (inputs[name].path / "examples.jsonl" for name in ("test", "train"))
     tests = sorted(jsonl.read(test), key=lambda row: row["id"])
     if not tests:
         raise TuneyardError(

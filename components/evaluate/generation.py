@@ -25,6 +25,14 @@ class Answer:
     seconds: float
 
 
+def batches(prompts: Sequence[Sequence[int]], per_device_batch_size: int) -> list[list[int]]:
+    """Indices of the prompts in batches of similar length, shortest first."""
+    order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
+    return [
+        order[start : start + per_device_batch_size] for start in range(0, len(order), per_device_batch_size)
+    ]
+
+
 def generate(
     model: Any,
     prompts: Sequence[Sequence[int]],
@@ -48,9 +56,7 @@ def generate(
         are those of one prompt at a time (a test holds that in float32).
     """
     answers: dict[int, Answer] = {}
-    order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
-    for start in range(0, len(order), per_device_batch_size):
-        batch = order[start : start + per_device_batch_size]
+    for batch in batches(prompts, per_device_batch_size):
         found = _answer_batch(model, [prompts[index] for index in batch], end_ids, max_new_tokens, done)
         answers.update(zip(batch, found, strict=True))
     return [answers[index] for index in range(len(prompts))]

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from components.evaluate.findings import Findings
+from components.shared import pages
 
-_TEMPLATE = "page.html.jinja"
+_TEMPLATE = Path(__file__).with_name("page.html.jinja")
 _SHOWN_ANSWERS = 12
 _SHOWN_MISTAKES = 20
 _SHOWN_CLASSES = 30
@@ -46,20 +47,11 @@ def render(document: Mapping[str, Any], findings: Findings) -> str:
         document: what evaluation.json holds.
         findings: the systems, and the answers to show.
     """
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
     names = [name for name in _ORDER if name in findings.systems]
     shipped = findings.systems[findings.ships]
     wrong = [row for row in findings.answers if row.get(findings.ships) != row["reference"]]
     is_causal = document["task"] == "causal-lm"
-    return environment.get_template(_TEMPLATE).render(
+    return pages.template(_TEMPLATE).render(
         document=document,
         systems=findings.systems,
         names=names,

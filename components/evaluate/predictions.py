@@ -35,6 +35,11 @@ class Encodings:
         """Indices, shortest text first, so that a batch is padded little."""
         return sorted(range(len(self)), key=lambda index: len(self.columns["input_ids"][index]))
 
+    def batches(self, per_device_batch_size: int) -> list[list[int]]:
+        """Indices of all texts, in batches of similar length."""
+        order = self.by_length()
+        return [order[i : i + per_device_batch_size] for i in range(0, len(order), per_device_batch_size)]
+
     def batch(self, indices: Sequence[int]) -> dict[str, Any]:
         """Right-padded int64 arrays [len(indices), longest]."""
         import numpy as np
@@ -53,8 +58,16 @@ class Encodings:
 
 @dataclass(frozen=True)
 class Timed:
-    """Outputs [texts, ...] in the order of the texts; seconds in the model alone; seconds of single texts."""
+    """What a model made of a share of the texts.
 
+    Args:
+        of: which texts, in order.
+        outputs: [texts, ...] of those.
+        seconds: in the model alone.
+        single_seconds: of single texts, where these were timed.
+    """
+
+    of: list[int]
     outputs: Any
     seconds: float
     single_seconds: list[float]
@@ -71,17 +84,17 @@ def encode(tokenizer: Any, texts: Sequence[str], max_length_tokens: int) -> Enco
 def run(
     forward: Forward,
     encodings: Encodings,
-    per_device_batch_size: int,
+    batches: Sequence[Sequence[int]],
     singly: bool = False,
     done: Callable[[int], None] = lambda count: None,
 ) -> Timed:
-    """Put every text through a model.
+    """Put texts through a model.
 
     Args:
         forward: the model.
         encodings: the texts.
-        per_device_batch_size: texts in one forward pass.
-        singly: also time some texts, evenly spread over the lengths, one at a time.
+        batches: indices of the texts of each forward pass; one at least.
+        singly: also time some texts, evenly spread over the lengths of all, one at a time.
         done: called with how many texts each batch finished.
     """
     import numpy as np
@@ -92,18 +105,19 @@ def run(
             output = forward(batch)
         return output, clock.arithmetic_seconds() - before
 
-    order = encodings.by_length()
-    timed(encodings.batch(order[:per_device_batch_size]))  # the first pass pays for set-up; it does not count
+    timed(encodings.batch(batches[0]))  # the first pass pays for set-up; it does not count
     outputs, seconds = [], 0.0
-    for start in range(0, len(order), per_device_batch_size):
-        output, took = timed(encodings.batch(order[start : start + per_device_batch_size]))
+    for batch in batches:
+        output, took = timed(encodings.batch(batch))
         outputs.append(output)
         seconds += took
-        done(len(outputs[-1]))
+        done(len(batch))
     single_seconds = []
+    order = encodings.by_length()
     for index in order[:: max(1, len(order) // _TIMED_SINGLY)] if singly else []:
         single_seconds.append(timed(encodings.batch([index]))[1])
-    return Timed(np.concatenate(outputs)[np.argsort(order)], seconds, single_seconds)
+    of = [index for batch in batches for index in batch]
+    return Timed(sorted(of), np.concatenate(outputs)[np.argsort(of)], seconds, single_seconds)
 
 
 def torch_classifier(folder: Path) -> Forward:

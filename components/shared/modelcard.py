@@ -9,6 +9,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict
 
 from components.shared import sources
+from components.shared.drift import Reference
 from components.shared.errors import TuneyardError
 from components.shared.store import Store
 from components.shared.tasks import Task
@@ -60,6 +61,7 @@ class ModelCard(BaseModel):
         trainable_weights: how many weights training moved.
         total_weights: how many there are.
         mlflow_run: id of the MLflow run of the training; empty without tracking.
+        reference: what it was trained on, for drift; None for a model of before there was one.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
@@ -72,6 +74,7 @@ class ModelCard(BaseModel):
     trainable_weights: int
     total_weights: int
     mlflow_run: str = ""
+    reference: Reference | None = None
 
     @property
     def one_at_a_time(self) -> bool:

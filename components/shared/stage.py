@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from components.shared import clock, digest, slots
+from components.shared import clock, digest
 from components.shared.commit import (
     commit_name,
     raise_if_stopped,
@@ -25,16 +25,16 @@ from components.shared.commit import (
     stage_key,
     write_commit,
 )
-from components.shared.errors import EXIT_FAILED, StageStopped, StoreError, TuneyardError
+from components.shared.errors import TuneyardError
 from components.shared.manifest import Manifest
-from components.shared.placing import disk_full
+from components.shared.recording import recorded, work_folder
 from components.shared.settings import Settings
 from components.shared.store import Store
 
 log = logging.getLogger("tuneyard.stage")
 
-STARTED = "\u25b8 "
-FINISHED = "\u2713 "
+# What a stage keeps in the store below work/<stage>/<key>/ until it has committed: checkpoints, slices.
+_KEPT = ("step-", "slice-")
 
 
 @dataclass(frozen=True)
@@ -94,21 +94,12 @@ class Result:
 Verb = Callable[[Any, Mapping[str, Artifact], Context], Result]
 
 
-def work_folder(stage: str, key: str) -> Path:
-    """The folder of a key that outlives a killed attempt."""
-    home = Path(os.environ.get("TUNEYARD_HOME", ".tuneyard")).resolve()
-    return home / "work" / stage / key
-
-
 def _run_verb(
     verb: Verb, config: Settings, inputs: Mapping[str, Manifest], context: Context
 ) -> dict[str, Any]:
     started, computed = time.time(), clock.arithmetic_seconds()
     shutil.rmtree(context.out, ignore_errors=True)
-    artifacts = {
-        name: Artifact(manifest, context.store.get_tree(manifest, context.out.parent / "inputs" / name))
-        for name, manifest in inputs.items()
-    }
+    artifacts = lay_inputs(inputs, context.out.parent / "inputs", context.store)
     context.out.mkdir(parents=True)
     result = verb(config, artifacts, context)
     made_by = {
@@ -139,25 +130,6 @@ def _run_verb(
     return write_commit(commit, context.store)
 
 
-def record(store: Store, run: str, stage: str, **facts: Any) -> None:
-    """Write how a stage of a run went, for `submit`, `runs` and whoever looks later."""
-    store.write_json(f"runs/{run}/{stage}.json", {"stage": stage, **facts})
-
-
-def _record_failure(error: BaseException, store: Store, run: str, stage: str, seconds: float) -> None:
-    facts = {"what": f"{type(error).__name__}: {error}", "todo": "", "exit_code": EXIT_FAILED}
-    if isinstance(error, TuneyardError):
-        facts = error.facts()
-    status = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
-    if isinstance(error, StageStopped):
-        status = "stopped"
-    try:
-        record(store.impatient(), run, stage, status=status, error=facts, seconds=seconds)
-    except StoreError as unheard:
-        # The failure itself is what the reader needs; it goes on its way.
-        log.error("%s: how it failed could not be recorded (%s)", stage, unheard.what)
-
-
 def perform(
     verb: Verb, config: Settings, run: Mapping[str, str], inputs: Mapping[str, Manifest]
 ) -> dict[str, Any]:
@@ -178,15 +150,10 @@ def perform(
     """
     stage = verb.__module__.split(".")[1]
     store = Store.from_environment()
-    started = time.time()
-    log.info("%s%s", STARTED, stage)
-    try:
-        # Whatever ends the stage overwrites this, but for a kill.
-        record(store, run["id"], stage, status="running")
-        slots.claim(run, store)
+    with recorded(run, stage, store) as ending:
         key = stage_key(stage, config, {name: manifest.digest for name, manifest in inputs.items()}, store)
         commit = read_commit(stage, key, config, store)
-        cached = commit is not None
+        ending |= {"cached": commit is not None, "key": key}
         if commit is None:
             # One that no longer holds goes first, so that what is found afterwards is of now.
             store.remove(commit_name(stage, key))
@@ -194,20 +161,37 @@ def perform(
             context = Context(run["id"], run["pipeline"], stage, key, store, work / "out", work)
             commit = _run_verb(verb, config, inputs, context)
             shutil.rmtree(work, ignore_errors=True)
-            for name in store.names(f"work/{stage}/{key}/step-"):  # checkpoints, once they are of no more use
-                store.remove(name)
-        seconds = round(time.time() - started, 3)
-        status = "stopped" if commit["stop"] else "done"
-        record(store, run["id"], stage, status=status, cached=cached, seconds=seconds, key=key)
-        log.info("%s%s  %.1f s%s", FINISHED, stage, seconds, ", done before" if cached else "")
-    except BaseException as error:
-        fault = disk_full(error, work_folder(stage, "")) or error
-        _record_failure(fault, store, run["id"], stage, round(time.time() - started, 3))
-        if fault is error:
-            raise
-        raise fault from error
+            for kept in _KEPT:
+                for name in store.names(f"work/{stage}/{key}/{kept}"):
+                    store.remove(name)
+        ending["status"] = "stopped" if commit["stop"] else "done"
     raise_if_stopped(commit)
     return commit
+
+
+def settle_in() -> None:
+    """Make a process of Kubeflow Pipelines one of ours: it ends as we do, and says what we say."""
+    # A submit that runs in the background hands down an ignored SIGINT; a pod is ended by SIGTERM.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.default_int_handler)
+    # KFP's executor has set up the root logger for its own lines.
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr, force=True)
+    logging.getLogger("tuneyard").setLevel(logging.INFO)
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+
+def read_manifests(inputs: Mapping[str, Any]) -> dict[str, Manifest]:
+    """Input name -> manifest, of the KFP artifacts that are there."""
+    return {
+        n: Manifest.from_json(Path(a.path).read_text(), a.path) for n, a in inputs.items() if a is not None
+    }
+
+
+def lay_inputs(inputs: Mapping[str, Manifest], folder: Path, store: Store) -> dict[str, Artifact]:
+    """Input name -> artifact, its files laid into a folder of that name."""
+    return {
+        name: Artifact(manifest, store.get_tree(manifest, folder / name)) for name, manifest in inputs.items()
+    }
 
 
 def execute(
@@ -234,16 +218,8 @@ def execute(
         metrics: KFP Metrics artifact.
         facts: entry of the stage's summary -> file to write it to, for what the graph decides by it.
     """
-    # A submit that runs in the background hands down an ignored SIGINT; a pod is ended by SIGTERM.
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.default_int_handler)
-    # KFP's executor has set up the root logger for its own lines.
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr, force=True)
-    logging.getLogger("tuneyard").setLevel(logging.INFO)
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    manifests = {
-        n: Manifest.from_json(Path(a.path).read_text(), a.path) for n, a in inputs.items() if a is not None
-    }
+    settle_in()
+    manifests = read_manifests(inputs)
     try:
         named = dict(zip(("id", "pipeline", "slot"), run, strict=True))
         commit = perform(verb, config_class.model_validate_json(config), named, manifests)

@@ -31,11 +31,12 @@ _TRANSFERS = 4
 
 @dataclass(frozen=True)
 class Listed:
-    """A name in the store, its bytes, and how many seconds ago it was written, by the store's own clock."""
+    """A name in the store, its bytes, its age by the store's clock, and a tag that changes with its bytes."""
 
     name: str
     size: int
     age_seconds: float
+    etag: str = ""
 
 
 class Store:
@@ -134,7 +135,7 @@ class Store:
         for page in pages:
             for item in page.get("Contents", []):
                 age = _seconds_since(item["LastModified"], page)
-                found.append(Listed(item["Key"][len(self._prefix) :], item["Size"], age))
+                found.append(Listed(item["Key"][len(self._prefix) :], item["Size"], age, item["ETag"]))
         return found
 
     @s3.faults_named("looking for a document")

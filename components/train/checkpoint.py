@@ -15,8 +15,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from components.shared import digest, s3
+from components.shared import digest, s3, transfer
 from components.shared.store import Store
+from components.shared.transfer import Remote
 
 log = logging.getLogger("tuneyard.train")
 
@@ -152,10 +153,11 @@ def upload(store: Store, prefix: str, path: Path, keep: int) -> None:
         path: folder of the checkpoint.
         keep: how many stay.
     """
-    files = [file for file in sorted(path.iterdir()) if file.name != "state.json"]
-    for file in (*files, path / "state.json"):
-        store.client.upload_file(
-            str(file), store.bucket, store.key(f"{prefix}/{path.name}/{file.name}"), Config=_transfer()
+    files = json.loads((path / "state.json").read_text())["files"]
+    for name, sha256 in {**files, "state.json": digest.of_file(path / "state.json")}.items():
+        key = store.key(f"{prefix}/{path.name}/{name}")
+        transfer.upload(
+            store.client, path / name, Remote(store.bucket, key, (path / name).stat().st_size, sha256)
         )
     for step in uploaded(store, prefix)[keep:]:
         forget(store, f"{prefix}/step-{step}")
@@ -184,18 +186,22 @@ def fetch(store: Store, prefix: str, step: int, folder: Path) -> bool:
     for old in (aside, path):
         shutil.rmtree(old, ignore_errors=True)
     aside.mkdir(parents=True)
-    for name in store.names(f"{prefix}/step-{step}/"):
-        target = aside / name.rsplit("/", 1)[-1]
-        store.client.download_file(store.bucket, store.key(name), str(target), Config=_transfer())
+    sizes = {
+        listed.name.rsplit("/", 1)[-1]: listed.size for listed in store.listing(f"{prefix}/{path.name}/")
+    }
+
+    def get(name: str, sha256: str) -> None:
+        remote = Remote(store.bucket, store.key(f"{prefix}/{path.name}/{name}"), sizes[name], sha256)
+        with (aside / name).open("a+b") as stream:
+            transfer.receive(store.client, remote, stream)
+
+    try:
+        get("state.json", "")
+        for name, sha256 in json.loads((aside / "state.json").read_text())["files"].items():
+            get(name, sha256)
+    except (transfer.NotTheseBytes, ValueError, KeyError) as error:
+        log.warning("the checkpoint of step %d in the store is damaged (%s)", step, error)
+        shutil.rmtree(aside)
+        return False
     os.replace(aside, path)
-    found = newest(folder)
-    if found is not None and found[0] == path:
-        return True
-    shutil.rmtree(path)
-    return False
-
-
-def _transfer() -> Any:
-    from boto3.s3.transfer import TransferConfig
-
-    return TransferConfig(max_concurrency=4)
+    return True

@@ -17,12 +17,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from components.shared.errors import TuneyardError
-from components.train.trainjob import NODE
+from components.train.trainjob import NODE, TOKEN_PATH
 
 log = logging.getLogger("tuneyard.train")
 
-# Where placement.py mounts the token of the account `tuneyard-train`.
-TOKEN = Path("/var/run/secrets/tuneyard/train")
 _TIMEOUT = (10, 60)
 # An API server that is upgraded or moved is away for minutes; a training that took days must outlast it.
 _OUTAGE_SECONDS = 900.0
@@ -176,7 +174,7 @@ def _refused(doing: str, namespace: str, error: Any) -> TuneyardError:
     return TuneyardError(f"{doing} in namespace {namespace}: Kubernetes says {error.status}: {said}", todo)
 
 
-def connect(token: Path = TOKEN) -> Cluster:
+def connect(token: Path = Path(TOKEN_PATH)) -> Cluster:
     """The cluster that this pod runs in, with the rights of the mounted token.
 
     Raises:

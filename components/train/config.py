@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -30,7 +30,8 @@ class TrainConfig(Settings):
             usual for the objective, lora for sft and full for classification.
         epochs: passes over train; not beside max_steps; 3 where neither is given.
         max_steps: optimizer updates; not beside epochs.
-        learning_rate: peak, reached after warm-up; where none is given 2e-4 for lora, 2e-5 for full.
+        learning_rate: peak, reached after warm-up, or `auto`: found by a range test before the
+            first step (Smith 2017, arXiv:1506.01186); where none is given 2e-4 for lora, 2e-5 for full.
         min_learning_rate: where the cosine ends.
         warmup_fraction: of all steps, 0-1.
         per_device_batch_size: examples in one forward pass.
@@ -59,7 +60,7 @@ class TrainConfig(Settings):
     adapter: AdapterConfig
     epochs: float | None = Field(None, gt=0)
     max_steps: int | None = Field(None, ge=1)
-    learning_rate: float = Field(gt=0)
+    learning_rate: Annotated[float, Field(gt=0)] | Literal["auto"]
     min_learning_rate: float = Field(1e-6, ge=0)
     warmup_fraction: float = Field(0.1, ge=0, le=1)
     per_device_batch_size: int = Field(8, ge=1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from components.shared.modelcard import ModelCard
 from components.train.rules import Finding
@@ -87,6 +88,7 @@ def page(
     card: ModelCard,
     counts: Mapping[str, Mapping[str, int]],
     findings: Sequence[Finding],
+    range_test: Mapping[str, Any],
 ) -> str:
     """A page that needs nothing from a network.
 
@@ -95,6 +97,7 @@ def page(
         card: of the model.
         counts: side -> what became of its examples.
         findings: of the diagnosis.
+        range_test: of fit.Fit.
     """
     rows = "".join(
         f"<tr><td>{html.escape(side)}<td>" + html.escape(", ".join(f"{n} {c}" for n, c in sorted(of.items())))
@@ -110,7 +113,13 @@ def page(
         f"base {html.escape(card.base_model.uri)}.</p><table>{rows}</table>"
         + _findings(findings)
         + _charts(history)
+        + (_range_test(range_test) if range_test else "")
     )
+
+
+def _range_test(found: Mapping[str, Any]) -> str:
+    title = f"Learning rate found: {found['rate']:.2g} (change of the loss in nats by rate)"
+    return chart(found["curve"], ("change",), title, over="learning_rate")
 
 
 def _findings(findings: Sequence[Finding]) -> str:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Any
 from components.shared import causal, clock, interrupts
 from components.shared.errors import TuneyardError
 from components.shared.progress import Progress
-from components.train import checkpoint, measures
+from components.train import checkpoint, finder, measures
 from components.train.config import TrainConfig
 from components.train.data import schedule_batches
 from components.train.diagnostics import Watch
@@ -36,6 +37,7 @@ class Fit:
         best_loss: the lowest loss on eval, after update `best_step`.
         stale: evaluations in a row that did not improve on it.
         stopped_early: whether that ended the fit.
+        range_test: `rate` and `curve`, see finder.Found, where the learning rate was looked for.
     """
 
     history: list[dict[str, float]] = field(default_factory=list)
@@ -44,6 +46,7 @@ class Fit:
     best_step: int = 0
     stale: int = 0
     stopped_early: bool = False
+    range_test: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass
@@ -174,18 +177,23 @@ def fit(
         TuneyardError: the loss is not finite.
     """
     steps = schedule_batches([len(e) for e in train], config, objective.packs)
+    updates = [[[train[i] for i in micro] for micro in update] for update in steps]
+    found = finder.settle(objective, updates, config, precision, folder, ranks)
+    if found.rate:
+        config = config.model_copy(update={"learning_rate": found.rate})
     judge = partial(eval_loss, objective, evaluation, config, precision, ranks)
     now = _begin(folder, objective.model, config, judge)
+    now.state.range_test = asdict(found) if found.rate else {}
     every = config.eval_steps or max(1, math.ceil(len(steps) / 10))
-    update = _updating(objective, now, (len(steps), every), config, precision, ranks)
+    looks = measures.looks(len(steps), every)
+    update = partial(
+        timed_update, objective, now.optimizer, len(steps), config, precision, ranks, now.note, looks
+    )
     watch = Watch(now.state.history, now.state.base_loss)
     progress = Progress("train", len(steps), "steps", done=now.done)
 
-    def save() -> None:
-        if ranks.writes and now.done > now.saved:
-            saved(now.save(folder, config))
-
-    try:
+    save = partial(_save, now, folder, config, ranks, saved)
+    with _saved_when_interrupted(save):
         while True:
             if now.due(every, len(steps)):
                 now.judge(config, judge())
@@ -196,35 +204,28 @@ def fit(
                 break
             if now.done % config.checkpoint_steps == 0:
                 save()
-            update(now.done, [[train[i] for i in micro] for micro in steps[now.done]])
+            update(now.done, updates[now.done])
             _show(progress, now.state, ranks)
-    except KeyboardInterrupt:
-        # A machine that is taken away says so some seconds before: what was computed is kept.
-        save()
-        log.info("train: interrupted; its %d steps are saved", now.done)
-        raise
     report(now.state.history, True)
     return _finish(objective.model, now.best, now.state)
 
 
-def _updating(
-    objective: Objective,
-    now: Ongoing,
-    length: tuple[int, int],
-    config: TrainConfig,
-    precision: causal.Precision,
-    ranks: Ranks,
-) -> Callable[[int, Sequence[Sequence[Any]]], None]:
-    """`timed_update` of a run of `length`: steps, and how many lie between evaluations."""
-    steps, every = length
-    seldom = math.ceil(steps / measures.LOOKS)
+def _save(
+    now: Ongoing, folder: Path, config: TrainConfig, ranks: Ranks, saved: Callable[[Path], None]
+) -> None:
+    if ranks.writes and now.done > now.saved:
+        saved(now.save(folder, config))
 
-    def looked_at(number: int) -> bool:
-        return number % seldom == 0 or (number + 1) % every == 0 or number + 1 == steps
 
-    return partial(
-        timed_update, objective, now.optimizer, steps, config, precision, ranks, now.note, looked_at
-    )
+@contextlib.contextmanager
+def _saved_when_interrupted(save: Callable[[], None]) -> Iterator[None]:
+    """A machine that is taken away says so some seconds before: what was computed until then is kept."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        save()
+        log.info("train: interrupted; a checkpoint holds what was done")
+        raise
 
 
 def _finish(model: Any, best: Any, state: Fit) -> Fit:

@@ -9,18 +9,29 @@ from __future__ import annotations
 import contextlib
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 # Entries looked at of each tensor: its root mean square is right to 1 / sqrt(2 n), about 1%.
 _ENTRIES = 4096
-# Looks in a run at what is not measured at each step.
-LOOKS = 100
+# Looks in a run at what is not noted at each step.
+_LOOKS = 100
 _CGROUP = Path("/sys/fs/cgroup")
 _WRAPPERS = {"base_model", "model", "module", "default"}
 _BELOW = re.compile(r"embed|shared|wte|wpe|stem|conv")
+
+
+def looks(steps: int, every: int) -> Callable[[int], bool]:
+    """Which steps (from 0) are looked at closely: those before an evaluation, and about a hundred of a run.
+
+    Args:
+        steps: of the run.
+        every: steps between evaluations.
+    """
+    seldom = math.ceil(steps / _LOOKS)
+    return lambda step: step % seldom == 0 or (step + 1) % every == 0 or step + 1 == steps
 
 
 @cache

@@ -7,6 +7,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from components.shared import jsonl, tracking
 from components.shared.errors import TuneyardError
@@ -89,22 +90,11 @@ def describe(
     curve = [{"step": 0, "eval_loss": result.base_loss}, *result.history]
     jsonl.write(ledger / "history.jsonl", curve)
     page = context.out / "page.html"
+    counts = {side: dict(kept.counts) for side, kept in ledgers.items()}
     found = diagnostics.diagnose(result.history, result.base_loss)
-    page.write_text(curves.page(curve, card, {s: dict(k.counts) for s, k in ledgers.items()}, found))
+    page.write_text(curves.page(curve, card, counts, found, result.range_test))
     with contextlib.suppress(TuneyardError):
         tracking.log_artifact_text(run_id, "training.html", page.read_text())
-    summary = {
-        "steps": len(result.history),
-        "best_step": result.best_step,
-        "stopped_early": result.stopped_early,
-        "examples": {side: dict(kept.counts) for side, kept in ledgers.items()},
-        "tokens": {side: dict(kept.tokens) for side, kept in ledgers.items()},
-        "trainable_weights": card.trainable_weights,
-        "total_weights": card.total_weights,
-        "self_check": dict(checked),
-        "findings": [asdict(one) for one in found],
-        "mlflow_run": run_id,
-    }
     return Result(
         kinds={"model": "model", "ledger": "report"},
         metadata={"model": json.loads(card.model_dump_json())},
@@ -115,6 +105,20 @@ def describe(
             "tokens_per_second": result.history[-1]["tokens_per_second"],
             "trainable_fraction": card.trainable_weights / card.total_weights,
         },
-        summary=summary,
+        summary=_summary(result, ledgers, card)
+        | {"self_check": dict(checked), "findings": [asdict(one) for one in found], "mlflow_run": run_id},
         page=page,
     )
+
+
+def _summary(result: Fit, ledgers: Mapping[str, Ledger], card: ModelCard) -> dict[str, Any]:
+    return {
+        "steps": len(result.history),
+        "best_step": result.best_step,
+        "stopped_early": result.stopped_early,
+        "learning_rate": max(row["learning_rate"] for row in result.history),
+        "examples": {side: dict(kept.counts) for side, kept in ledgers.items()},
+        "tokens": {side: dict(kept.tokens) for side, kept in ledgers.items()},
+        "trainable_weights": card.trainable_weights,
+        "total_weights": card.total_weights,
+    }

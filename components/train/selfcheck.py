@@ -1,6 +1,6 @@
 """The loss you asked for: checked on the real model and real examples before the first step.
 
-What is checked has broken in every well-known trainer at some time (docs/decisions/0012): gradients of
+What is checked has broken in every well-known trainer at some time (docs/decisions/0014): gradients of
 accumulated micro-batches, examples that see each other in a packed row, prompts that carry loss, templates
 that change an answer.
 """

@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from components.shared import causal, jsonl, sources, tracking
+from components.shared import causal, drift, jsonl, sources, tracking
 from components.shared.errors import StageStopped
 from components.shared.modelcard import BaseModelRef
 from components.shared.stage import Artifact, Context, Result
@@ -176,6 +176,7 @@ def train_here(
     if not ranks.writes:
         return Result(kinds={})
     card = saving.card(objective, config, base, (moving, total), run_id)
+    card = card.model_copy(update={"reference": drift.of_training(encoded["train"], rows["train"])})
     saving.save(objective, config, card, context.out / "model")
     return saving.describe(result, ledgers, card, context, run_id, checked)
 

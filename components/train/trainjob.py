@@ -1,7 +1,7 @@
 """What a training of several nodes asks of Kubeflow Trainer v2, as its own typed models.
 
 The runtime (k8s/base/runs/runtime.yaml) says what is the same for every training: a restricted pod without a
-token, where it may write. The TrainJob says the rest.
+token, and what it writes besides its work. The TrainJob says the rest.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 RUNTIME = "tuneyard-torch"
 # Environment variable of the stage's pod with a `Nodes` as JSON: train there, not here.
 ASKED = "TUNEYARD_TRAIN_JOB"
+# Where the stage's pod has the token of the account `tuneyard-train`.
+TOKEN_PATH = "/var/run/secrets/tuneyard/train"
 # Environment variable of a node's pod: key of the training it belongs to.
 KEY = "TUNEYARD_TRAIN_KEY"
 _MANAGER = "tuneyard.dev/train"
@@ -174,7 +176,10 @@ def _environment(asked: Nodes, name: str, key: str) -> list[Any]:
 
 
 def _storage(asked: Nodes) -> tuple[list[Any], list[Any]]:
-    """(volumes, mounts). A merge goes by a volume's name, so one of another kind needs another name."""
+    """(volumes, mounts), named as in a stage's own pod.
+
+    /work is made here and not by the runtime: a merge goes by a volume's name, and would leave it two kinds.
+    """
     from kubeflow_trainer_api import models
 
     quantity = models.IoK8sApimachineryPkgApiResourceQuantity
@@ -183,7 +188,7 @@ def _storage(asked: Nodes) -> tuple[list[Any], list[Any]]:
         models.IoK8sApiCoreV1Volume,
         models.IoK8sApiCoreV1VolumeMount,
     )
-    volumes, mounts = [], []
+    volumes, mounts = [], [mount(name="work", mountPath="/work")]
     if asked.scratch_class:
         claim = models.IoK8sApiCoreV1PersistentVolumeClaimSpec(
             accessModes=["ReadWriteOnce"],
@@ -194,8 +199,7 @@ def _storage(asked: Nodes) -> tuple[list[Any], list[Any]]:
         )
         template = models.IoK8sApiCoreV1PersistentVolumeClaimTemplate(spec=claim)
         source = models.IoK8sApiCoreV1EphemeralVolumeSource(volumeClaimTemplate=template)
-        volumes.append(volume(name="scratch", ephemeral=source))
-        mounts.append(mount(name="scratch", mountPath="/work"))
+        volumes.append(volume(name="work", ephemeral=source))
     else:
         volumes.append(volume(name="work", emptyDir=empty(sizeLimit=quantity(asked.scratch))))
     if asked.shared_memory:
@@ -229,9 +233,7 @@ def _patch(asked: Nodes) -> Any:
     )
     pod = models.TrainerV1alpha1PodSpecPatch(
         containers=[
-            models.TrainerV1alpha1ContainerPatch(
-                name=NODE, securityContext=locked, volumeMounts=mounts or None
-            )
+            models.TrainerV1alpha1ContainerPatch(name=NODE, securityContext=locked, volumeMounts=mounts)
         ],
         securityContext=user,
         nodeSelector=asked.node_selector or None,

@@ -23,6 +23,7 @@ def learning_rate(step: int, steps: int, config: TrainConfig) -> float:
     The peak is reached on the last update of the warm-up (Loshchilov and Hutter 2017, arXiv:1608.03983).
     """
     peak = config.learning_rate
+    assert peak != "auto"  # the fit has settled it
     warmup = max(1, round(steps * config.warmup_fraction)) if config.warmup_fraction else 0
     if step < warmup:
         return peak * (step + 1) / warmup
@@ -41,7 +42,7 @@ def make_optimizer(model: Any, config: TrainConfig) -> Any:
         {"params": [w for w in weights if w.ndim <= 1], "weight_decay": 0.0},
     ]
     # fused: one pass over the weights; the default makes one for each operation, six times as long on a CPU.
-    return torch.optim.AdamW([g for g in groups if g["params"]], lr=config.learning_rate, fused=True)
+    return torch.optim.AdamW([g for g in groups if g["params"]], fused=True)
 
 
 def autocast(precision: causal.Precision) -> Any:

@@ -6,21 +6,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-_TEMPLATE = "page.html.jinja"
+from components.shared import pages
+
+_TEMPLATE = Path(__file__).with_name("page.html.jinja")
 _SHOWN_LABELS = 30
 
 
 def render(result: Mapping[str, Any]) -> str:
     """The page of a report (see validate.report). All text of the corpus is escaped."""
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
     order = {"fail": 0, "warn": 1, "pass": 2}
     entries = sorted(
         ({**e, "status": status(e)} for e in result["expectations"]), key=lambda e: order[e["status"]]
@@ -28,7 +21,7 @@ def render(result: Mapping[str, Any]) -> str:
     for entry in entries:  # what the suite states is in its sentence; a setting's numbers are its sentence
         entry["stated"] = _stated(entry) if entry["source"] == "settings" else {}
     labels = list(result["labels"].items())
-    return environment.get_template(_TEMPLATE).render(
+    return pages.template(_TEMPLATE).render(
         result=result,
         entries=entries,
         counts={name: sum(e["status"] == name for e in entries) for name in order},

@@ -8,8 +8,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from components.shared.stage import FINISHED
+from components.shared.recording import FINISHED
 from pipelines.cluster.endpoint import Endpoint, EndpointError
+from pipelines.placement import SLICE
 from pipelines.watch import Watcher
 
 log = logging.getLogger("tuneyard.submit")
@@ -56,6 +57,9 @@ def stages_of(run: Any, stages: Sequence[str]) -> dict[str, StageState]:
         own = [task for task in details if task.display_name == stage]
         names = dict.fromkeys(name for task in own for name in pods(task, set()))
         state = str(own[-1].state) if own else ""
+        if stage == SLICE:
+            # As many tasks as there are slices: those that go on say that their stage does.
+            state = next((str(task.state) for task in own if str(task.state) not in ENDED), state)
         found[stage] = StageState(state, tuple(name for name in names if "driver" not in name))
     return found
 
@@ -114,6 +118,7 @@ def follow(endpoint: Endpoint, run_id: str, stages: Sequence[str], watcher: Watc
         EndpointError: the endpoint refuses, or was not reached for an hour.
     """
     logs = Logs(endpoint, run_id, watcher)
+    watched = [name for stage in stages for name in ((SLICE, stage) if stage == "evaluate" else (stage,))]
     wait, lost_at = _POLL_SECONDS, 0.0
     while True:
         try:
@@ -131,7 +136,7 @@ def follow(endpoint: Endpoint, run_id: str, stages: Sequence[str], watcher: Watc
         if lost_at:
             log.warning("connected again after %.0f s", time.monotonic() - lost_at)
         wait, lost_at = _POLL_SECONDS, 0.0
-        logs.look(stages_of(run, stages))
+        logs.look(stages_of(run, watched))
         if str(run.state) in ENDED:
             return run
         time.sleep(_POLL_SECONDS)

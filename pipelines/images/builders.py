@@ -89,6 +89,8 @@ def _todo(builder: Builder, base: str, text: str) -> str:
             " base that this machine reaches (BASE=registry.example.com/debian:bookworm-slim; one with Python"
             " 3.11 needs no packages), or make one from Debian's mirror (DEBOOTSTRAP=1)"
         )
+    if builder.name == "docker" and "buildx component is missing" in text:
+        return "install Docker's buildx (docker-buildx-plugin), or name another builder: BUILDER=buildah"
     if builder.name == "docker" and "daemon" in text:
         return "start the Docker service, or name another builder: BUILDER=buildah"
     if "cgroup" in text or "crun" in text:

@@ -14,8 +14,10 @@ import signal
 import subprocess
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+
+import httpx
 
 VOLUMES = ("tmp", "work")
 NAMESPACES = ("pid", "ipc", "uts", "mount")
@@ -167,14 +169,26 @@ def _settings(
     }
 
 
-def wait_for(answers, container: Container, seconds: float) -> float:
-    """Seconds until `answers()` is true; fails with the container's log."""
+def wait_for(true: Callable[[], bool], container: Container, seconds: float) -> float:
+    """Seconds until `true()` is; fails with the container's log."""
     started = time.monotonic()
-    while not answers():
+    while not true():
         assert container.process is not None and container.process.poll() is None, container.said()
         assert time.monotonic() - started < seconds, container.said()
         time.sleep(0.05)
     return time.monotonic() - started
+
+
+def answers(url: str) -> Callable[[], bool]:
+    """Whether a GET of this URL is answered with 200 now: for `wait_for`."""
+
+    def ask() -> bool:
+        try:
+            return httpx.get(url, timeout=5, trust_env=False).status_code == 200
+        except httpx.TransportError:
+            return False
+
+    return ask
 
 
 def missing() -> str:

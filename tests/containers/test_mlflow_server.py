@@ -9,7 +9,7 @@ import httpx
 import yaml
 
 from components.shared import digest
-from tests.containers.container import wait_for
+from tests.containers.container import answers, wait_for
 
 FOLDER = digest.TREE_ROOT / "k8s" / "base" / "mlflow"
 
@@ -49,14 +49,7 @@ def test_mlflows_server_answers_and_asks_for_an_account(contain, pod_environment
     settings.write_text("\n".join(lines) + "\n")
     container.start()
     url = f"http://127.0.0.1:{port}"
-
-    def healthy() -> bool:
-        try:
-            return httpx.get(f"{url}/health", timeout=5, trust_env=False).status_code == 200
-        except httpx.TransportError:
-            return False
-
-    wait_for(healthy, container, 180)
+    wait_for(answers(f"{url}/health"), container, 180)
     search = f"{url}/api/2.0/mlflow/experiments/search?max_results=1"
     assert httpx.get(search, timeout=60, trust_env=False).status_code == 401
     account = ("admin", "a-password-of-the-tests")

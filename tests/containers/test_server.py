@@ -11,7 +11,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.containers.container import wait_for
+from tests.containers.container import answers, wait_for
 
 log = logging.getLogger("tuneyard.tests")
 
@@ -33,16 +33,6 @@ def reasons(url):
     answer = httpx.get(f"{url}/readyz", timeout=2, trust_env=False)
     assert answer.status_code == 503
     return answer.json()["reasons"]
-
-
-def answers(url):
-    def ask() -> bool:
-        try:
-            return httpx.get(url, timeout=2, trust_env=False).status_code == 200
-        except httpx.TransportError:
-            return False
-
-    return ask
 
 
 def test_the_server_is_alive_says_what_it_waits_for_and_ends_cleanly_when_asked(started):

@@ -15,7 +15,7 @@ from pipelines.embedded import seaweed
 from pipelines.embedded.credentials import load_credentials
 from pipelines.images import lock
 from pipelines.placement import PLATFORM_VARIABLES
-from tests.containers.container import wait_for
+from tests.containers.container import answers, wait_for
 from tests.containers.launcher import PodRun
 from tests.pipelines.cluster.engine import Cluster
 
@@ -68,14 +68,7 @@ def server(contain, pod_environment):
     container = contain("serving", arguments, pod_environment)
     container.start()
     url = f"http://127.0.0.1:{port}"
-
-    def alive() -> bool:
-        try:
-            return httpx.get(f"{url}/healthz", timeout=2, trust_env=False).status_code == 200
-        except httpx.TransportError:
-            return False
-
-    wait_for(alive, container, 60)
+    wait_for(answers(f"{url}/healthz"), container, 60)
     return url
 
 

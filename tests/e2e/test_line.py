@@ -43,8 +43,8 @@ def home(tmp_path_factory):
 
 
 def shell_of(home):
-    """The environment of a user with this home: other tests of this process have another platform in it."""
-    ours = ("TUNEYARD_", "AWS_", "MLFLOW_")
+    """The environment of a user with this home: in this process are another platform, and one thread."""
+    ours = ("TUNEYARD_", "AWS_", "MLFLOW_", "OMP_")
     return {k: v for k, v in os.environ.items() if not k.startswith(ours)} | {"TUNEYARD_HOME": str(home)}
 
 

@@ -248,37 +248,35 @@ def test_the_first_deployment_reaches_a_server_that_is_not_ready(objects) -> Non
     assert service["spec"]["publishNotReadyAddresses"] is True
 
 
-def test_a_deployment_of_a_model_reaches_all_pods_that_it_is_meant_for(objects, overlay) -> None:
-    """It reaches one pod of the admin Service; so that is all there may be behind it."""
-    track = one(objects, "Service", "tuneyard-serving-admin")["spec"]["selector"]["tuneyard.dev/track"]
+def test_the_deploy_stage_sees_every_pod_of_the_server(objects) -> None:
+    """A headless Service's name has the address of each pod, and all pods of the server are behind it."""
+    service = one(objects, "Service", "tuneyard-serving-admin")["spec"]
+    assert service["clusterIP"] == "None"
+    pods = [metadata.get("labels", {}) for _, _, metadata in pods_of(objects)]
+    servers = [labels for labels in pods if labels.get("app.kubernetes.io/component") == "serving"]
+    assert servers
+    for labels in servers:
+        assert service["selector"].items() <= labels.items()
+    # With no cluster address in between, the port is that of the pod.
+    port = server_of(objects)["containers"][0]["ports"][0]["containerPort"]
+    assert [each["port"] for each in service["ports"]] == [port]
+
+
+def test_several_pods_serve_in_production(objects, overlay) -> None:
     if overlay == "prod-kserve":
-        assert one(objects, "InferenceService", "tuneyard")["spec"]["predictor"]["maxReplicas"] == 1
-    elif track == "canary":
-        assert one(objects, "Deployment", "tuneyard-serving-canary")["spec"]["replicas"] == 1
+        scaler = one(objects, "InferenceService", "tuneyard")["spec"]["predictor"]
     else:
-        assert one(objects, "HorizontalPodAutoscaler", "tuneyard-serving")["spec"]["maxReplicas"] == 1
+        scaler = one(objects, "HorizontalPodAutoscaler", "tuneyard-serving")["spec"]
+    assert (scaler["minReplicas"], scaler["maxReplicas"]) == ((1, 1) if overlay == "local" else (2, 6))
 
 
-def test_the_route_splits_between_stable_and_canary(prod) -> None:
+def test_only_models_can_be_asked_from_outside(prod) -> None:
     rule = one(prod, "HTTPRoute", "tuneyard")["spec"]["rules"][0]
-    weights = {reference["name"]: reference["weight"] for reference in rule["backendRefs"]}
-    assert set(weights) == {"tuneyard-serving", "tuneyard-serving-canary"}
-    assert sum(weights.values()) == 100
-    for reference in rule["backendRefs"]:
-        assert reference["port"] in {
-            p["port"] for p in one(prod, "Service", reference["name"])["spec"]["ports"]
-        }
+    (reference,) = rule["backendRefs"]
+    ports = {p["port"] for p in one(prod, "Service", reference["name"])["spec"]["ports"]}
+    assert (reference["name"], reference["port"] in ports) == ("tuneyard-serving", True)
     # The admin routes and the metrics have no way in from outside.
     assert {match["path"]["value"] for match in rule["matches"]} == {"/v1", "/v2"}
-
-
-def test_the_canary_is_the_stable_server_under_another_name(prod) -> None:
-    stable = one(prod, "Deployment", "tuneyard-serving")["spec"]["template"]["spec"]
-    canary = one(prod, "Deployment", "tuneyard-serving-canary")["spec"]["template"]["spec"]
-    assert canary.pop("serviceAccountName") == "tuneyard-serving-canary"
-    assert stable.pop("serviceAccountName") == "tuneyard-serving"
-    stable.pop("topologySpreadConstraints")
-    assert canary == stable
 
 
 def test_kserve_runs_the_same_pod(prod) -> None:

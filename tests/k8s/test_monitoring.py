@@ -21,7 +21,9 @@ from tests.k8s.manifests import one
 CASES = Path(__file__).with_name("alerts.yaml")
 # Of Argo's controller: its documentation, "Prometheus Metrics", `total_count`.
 ARGO = {"argo_workflows_total_count"}
-STATE = {"name": "legal", "version": "1", "digest": "d", "task": "causal-lm", "waiting": 0, "in_flight": 0}
+ARM = {"version": "1", "digest": "d", "task": "causal-lm", "waiting": 0, "in_flight": 0}
+ARM |= {"drift": {"prompt_tokens": 0.1}}
+STATE = ARM | {"name": "legal", "canary": ARM | {"version": "2", "weight": 0.1}}
 
 
 def rules_of(objects: list[dict]) -> dict:
@@ -75,7 +77,7 @@ def exported() -> dict[str, set[str]]:
 
     telemetry = Telemetry(lambda: [STATE | {"ready": True}])
     telemetry.requests.labels("legal", "1", "/v1/completions", "200").inc()
-    telemetry.seconds.labels("legal", "/v1/completions").observe(1)
+    telemetry.seconds.labels("legal", "1", "/v1/completions").observe(1)
     telemetry.tokens.labels("legal", "1").inc()
     telemetry.truncated.labels("legal", "1").inc()
     found: dict[str, set[str]] = {}
@@ -124,7 +126,7 @@ def test_rules_and_dashboard_ask_for_metrics_that_are_exported(prod) -> None:
 
 
 def test_rules_use_labels_that_the_server_sets(prod) -> None:
-    """`pod`, `track` and `namespace` come with the scraping, the others from the server."""
+    """`pod` and `namespace` come with the scraping, the others from the server."""
     metrics = exported()
     for name, query in rule_queries(prod).items():
         for metric, matchers in re.findall(r"\b(tuneyard_[a-z_]+)\{([^}]*)\}", query):

@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 import yaml
 
+from components.deploy.config import DeployConfig
 from k8s import render
-from tests.k8s.test_manifests import SECRETS
+from tests.k8s.test_manifests import SECRETS, images_of
 
 K8S = Path(__file__).resolve().parents[2] / "k8s"
 README = (K8S / "README.md").read_text()
@@ -58,21 +59,26 @@ def test_the_commands_make_the_secrets_that_the_manifests_name(tmp_path) -> None
     assert made["tuneyard", "tuneyard-s3"] == s3
 
 
-def test_the_canary_is_moved_where_the_route_has_its_weights(prod, tmp_path) -> None:
-    (block,) = [block for block in BLOCKS if "patch httproute" in block]
-    (tmp_path / "kubectl").write_text('#!/bin/sh\nfor last; do :; done; echo "$last" >> "$ASKED"\n')
-    (tmp_path / "kubectl").chmod(0o755)
-    environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "ASKED": str(tmp_path / "asked")}
-    subprocess.run(["bash", "-euc", block], env=environment, check=True, timeout=60)
-    patch = (tmp_path / "asked").read_text().split("deployment/")[0]
-    from tests.k8s.manifests import one
+def test_the_canary_that_the_instructions_show_is_one() -> None:
+    (block,) = [block for block in re.findall(r"```yaml\n(.*?)```", README, re.DOTALL) if "canary:" in block]
+    shown = DeployConfig.model_validate(yaml.safe_load(block)["deploy"])
+    assert shown.canary is not None
+    assert set(yaml.safe_load(block)["deploy"]["canary"]) == set(type(shown.canary).model_fields)
 
-    references = one(prod, "HTTPRoute", "tuneyard")["spec"]["rules"][0]["backendRefs"]
-    for change in yaml.safe_load(patch):
-        index = re.fullmatch(r"/spec/rules/0/backendRefs/(\d)/weight", change["path"])
-        assert index is not None
-        references[int(index[1])]["weight"] = change["value"]
-    assert {r["name"]: r["weight"] for r in references} == {
-        "tuneyard-serving": 90,
-        "tuneyard-serving-canary": 10,
-    }
+
+@pytest.mark.parametrize("overlay", ["local"])
+def test_the_images_of_others_are_pinned_as_the_instructions_say(objects, tmp_path) -> None:
+    tagged = {image for image in images_of(objects) if not image.startswith("tuneyard/")}
+    (block,) = re.findall(r"```yaml\n(images:.*?)```", README, re.DOTALL)
+    pinned = yaml.safe_load(block.replace("<64 hexadecimal digits>", "d" * 64))
+    assert {image["name"] for image in pinned["images"]} == {image.split(":")[0] for image in tagged}
+    shutil.copytree(K8S, tmp_path / "k8s", ignore=shutil.ignore_patterns("__pycache__"))
+    file = tmp_path / "k8s" / "overlays" / "local" / "kustomization.yaml"
+    file.write_text(file.read_text() + yaml.safe_dump(pinned))
+    done = subprocess.run(["kubectl", "kustomize", str(file.parent)], capture_output=True, text=True)
+    found = images_of(list(yaml.safe_load_all(done.stdout)))
+    digest = f"sha256:{'d' * 64}"
+    assert {image for image in found if not image.startswith("tuneyard/")} == {
+        f"postgres@{digest}",
+        f"registry.example/mirror/seaweedfs@{digest}",
+    }, done.stderr

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ from google.protobuf import json_format
 from kfp.kubernetes.kubernetes_executor_config_pb2 import KubernetesExecutorConfig
 from kfp.pipeline_spec.pipeline_spec_pb2 import PipelineSpec
 
+from components.evaluate.slices.keeping import ASKED
 from components.shared.errors import SpecError, UsageError
 from pipelines import compile as compiling
 from pipelines.images import lock
@@ -267,6 +269,57 @@ def test_deploy_waits_for_the_verdict_and_the_exit_handler_for_nothing(tmp_path)
     assert "notify" not in tasks(compiled(tmp_path)[0])
 
 
+SLICED = ("hardware.stages.evaluate.slices=3", "hardware.stages.evaluate.gpus=1", "notify={}")
+
+
+def test_slices_are_a_loop_before_evaluate_each_placed_as_evaluate_is(tmp_path):
+    ir, _, configs = compiled(tmp_path, *SLICED, "hardware.stages.evaluate.spot=gke")
+    found = tasks(ir)
+    assert json.loads(found["slices"]["parameterIterator"]["items"]["raw"]) == ["1 of 3", "2 of 3", "3 of 3"]
+    item = found["slices"]["parameterIterator"]["itemInput"]
+    given = found["evaluate-slice"]["inputs"]
+    assert given["parameters"]["share"] == {"componentInputParameter": item}
+    assert "evaluate-slices" in found["evaluate"]["dependentTasks"]
+    of_evaluate = found["evaluate"]["inputs"]
+    assert (
+        set(given["artifacts"]) == set(of_evaluate["artifacts"]) == {"test", "train", "model", "compressed"}
+    )
+    assert given["parameters"]["config"] == of_evaluate["parameters"]["config"]
+    own, stage = container(ir, "evaluate-slice"), container(ir, "evaluate")
+    assert (own["image"], own["resources"]) == (stage["image"], stage["resources"])
+    assert own["resources"]["accelerator"]["resourceCount"] == "1"
+    config, of_stage = configs["exec-evaluate-slice"], configs["exec-evaluate"]
+    # The joining stage alone writes to MLflow.
+    assert {secret["secretName"] for secret in config.pop("secretAsEnv")} == {"tuneyard-s3"}
+    del of_stage["secretAsEnv"]
+    assert config == of_stage
+    assert found["evaluate-slice"]["retryPolicy"] == found["evaluate"]["retryPolicy"]
+    asked = [pair["value"] for pair in stage["env"] if pair["name"] == ASKED]
+    assert asked == ["3"] and ASKED not in str(own["env"])
+
+
+def test_slices_are_never_answered_for_by_kfps_cache_nor_begun_where_evaluate_is_done(tmp_path):
+    found = tasks(compiled(tmp_path, *SLICED, keys={"train": "a" * 64})[0])
+    assert found["evaluate-slice"]["cachingOptions"] == {}
+    assert found["evaluate-slices"]["cachingOptions"] == {}
+    ir, _, configs = compiled(tmp_path, *SLICED, keys={"evaluate": "a" * 64})
+    assert "evaluate-slice" not in tasks(ir) and "exec-evaluate-slice" not in configs
+    assert ASKED not in str(container(ir, "evaluate"))
+
+
+def test_one_slice_is_evaluate_alone_and_a_classifier_without_compression_has_slices_too(tmp_path):
+    one, _, _ = compiled(tmp_path, "hardware.stages.evaluate.slices=1")
+    assert one == compiled(tmp_path)[0]
+    plain = compiled(
+        tmp_path,
+        "hardware.stages.evaluate.slices=2",
+        "compress=false",
+        "evaluate.gates={}",
+        name="classify_finance",
+    )[0]
+    assert set(tasks(plain)["evaluate-slice"]["inputs"]["artifacts"]) == {"test", "train", "model"}
+
+
 @pytest.mark.parametrize("nodes", [1, 2])
 def test_several_gpus_are_left_to_the_training_job(tmp_path, nodes):
     ir, _, configs = compiled(tmp_path, f"hardware.nodes={nodes}", "hardware.gpus_per_node=8")
@@ -281,6 +334,9 @@ def test_several_gpus_are_left_to_the_training_job(tmp_path, nodes):
     [
         ("hardware.gpus=1", "write gpus_per_node"),
         ("hardware.stages.train.gpus=1", "write gpus_per_node"),
+        ("hardware.slices=2", "write stages.evaluate.slices"),
+        ("hardware.stages.train.slices=2", "only evaluate is sliced"),
+        ("hardware.stages.evaluate.slices=65", "hardware.stages.evaluate.slices"),
         ("hardware.nodes=2", "say how many GPUs each node has"),
         ("hardware.stages.trian.cpus=1", "hardware.stages.trian"),
         ("hardware.volumes=[{claim: a, path: /tmp/x}]", "mount it elsewhere"),

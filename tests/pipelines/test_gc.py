@@ -408,9 +408,10 @@ def test_an_object_that_cannot_be_removed_is_named(lone, monkeypatch):
         sweep(store)
 
 
-def test_an_upload_that_nobody_finished_is_aborted_once_it_is_old(lone, monkeypatch):
+@pytest.mark.parametrize("name", ["objects/ab/" + "ab" * 32, "work/evaluate/k/slice-1-of-2.safetensors"])
+def test_an_upload_that_nobody_finished_is_aborted_once_it_is_old(lone, monkeypatch, name):
     store, _, _ = lone
-    key = store.key("objects/ab/" + "ab" * 32)
+    key = store.key(name)
     remote = transfer.Remote(store.bucket, key, 6 * 2**20)
     upload_id = transfer._begin(store.client, remote)
     store.client.upload_part(
@@ -436,6 +437,11 @@ def test_what_a_training_and_a_schedule_left_goes_by_its_age(lone):
         for key in ("old", "young")
         for file in ("state.json", "w.safetensors")
     ]
+    names = [
+        f"work/evaluate/{key}/slice-2-of-4.{kind}"
+        for key in ("old", "young")
+        for kind in ("json", "safetensors")
+    ] + names
     for name in names:
         store.write_json(name, {})
     store.write_json("slots/sft_legal/20260101030000.json", {"id": "run-1"})

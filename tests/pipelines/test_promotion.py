@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import multiprocessing
 import sys
 import types
 
@@ -10,8 +9,8 @@ from components.shared import ledger, registry
 from components.shared.errors import TuneyardError, UsageError
 from components.shared.ledger import Change
 from pipelines import promotion
+from tests.rivals import rivals
 
-FORK = multiprocessing.get_context("fork")
 NAME = "legal"
 
 
@@ -128,15 +127,8 @@ def test_who_is_the_git_user_or_the_login_name(monkeypatch, tmp_path):
 def test_people_who_promote_at_once_leave_one_champion(mlflow_store, tmp_path):
     for number in range(8):
         add(mlflow_store, tmp_path, f"weights-{number}")
-    processes = [
-        FORK.Process(target=promotion.promote, args=(NAME, version, f"person {version}", "x"), daemon=True)
-        for version in range(1, 9)
-    ]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(60)
-    assert [process.exitcode for process in processes] == [0] * 8
+    people = [(NAME, version, f"person {version}", "x") for version in range(1, 9)]
+    assert rivals(promotion.promote, people) == [0] * 8
     entries = promotion.history(NAME)
     promoted = [entry for entry in entries if entry.action == "promote"]
     assert sorted(entry.version for entry in promoted) == list(range(1, 9))

@@ -18,11 +18,12 @@ from components.shared.errors import (
     StoreError,
     TuneyardError,
 )
-from components.shared.stage import Result, perform, record
+from components.shared.recording import record
+from components.shared.stage import Result, perform
 from components.shared.store import Store
 from pipelines import planner, submit
 from pipelines.graph import inputs_of
-from pipelines.report import explain
+from pipelines.report import Report, explain, gather
 from pipelines.spec import load
 
 
@@ -195,6 +196,22 @@ def test_a_stage_that_was_killed_is_said_to_be(spec, home, store, monkeypatch):
     assert (report.status, report.exit_code, report.error["stage"]) == ("failed", EXIT_FAILED, "train")
     assert explain(report).startswith("train was killed (out of memory?)")
     assert "it goes on from its last checkpoint" in report.error["todo"]
+
+
+def test_a_slice_that_did_not_end_well_is_why_evaluate_did_not_begin(store):
+    def report_of(run, **facts):
+        record(store, run, "evaluate-slice-1-of-2", status="done", seconds=1.0)
+        record(store, run, "evaluate-slice-2-of-2", **facts)
+        report = Report(run, "p")
+        gather(report, ["evaluate"], {}, store, "")
+        return report
+
+    error = {"what": "the base has changed", "todo": "train again", "exit_code": EXIT_FAILED}
+    failed = report_of("run-1", status="failed", error=error)
+    assert (failed.stages[0]["status"], failed.error) == ("failed", error | {"stage": "evaluate"})
+    killed = report_of("run-2", status="running")
+    assert explain(killed).startswith("evaluate: evaluate-slice-2-of-2 was killed (out of memory?)")
+    assert report_of("run-3", status="done").stages[0]["status"] == "not run"
 
 
 def test_an_interrupted_run_is_reported_and_listed(spec, home, store, monkeypatch):

@@ -20,6 +20,8 @@ from types import ModuleType
 
 import pytest
 
+# Real venvs and real pip: seconds each.
+pytestmark = pytest.mark.slow
 REQUIREMENTS = Path(__file__).resolve().parents[2] / "requirements"
 # An editable build needs a backend, and there is no index to take setuptools from.
 BACKEND = """\

@@ -19,6 +19,7 @@ import pytest
 from components.shared import chat
 from components.shared.modelcard import BaseModelRef, ModelCard
 from components.shared.store import Store
+from tests.tiny import tiny_gemma
 
 ROOT = Path(__file__).resolve().parents[2]
 TOKEN = "a-token-of-the-tests"
@@ -52,21 +53,11 @@ def tokenizer():
 
 
 def _causal_model(tokenizer, seed, window=8):
-    import torch
-    from transformers import Gemma3ForCausalLM, Gemma3TextConfig
-
-    torch.manual_seed(seed)
-    config = Gemma3TextConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=16,
+    return tiny_gemma(
+        len(tokenizer),
+        seed,
         # Shorter than the prompts and answers here, so that a mistake with windows and padding shows.
         sliding_window=window,
-        layer_types=["sliding_attention", "full_attention"],
         max_position_embeddings=512,
         # Large weights: the likeliest token leads by far more than rounding, so answers can be compared.
         initializer_range=0.3,
@@ -76,7 +67,6 @@ def _causal_model(tokenizer, seed, window=8):
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
     )
-    return Gemma3ForCausalLM(config).eval()
 
 
 @pytest.fixture(scope="session")
@@ -205,7 +195,7 @@ class Server:
         self.client = httpx.Client(base_url=self.url, timeout=60, trust_env=False)
         self.wait("/healthz")
 
-    def wait(self, path: str, seconds: float = 60) -> None:
+    def wait(self, path: str, seconds: float = 180) -> None:
         until = time.monotonic() + seconds
         while time.monotonic() < until:
             assert self.process.poll() is None, self.log.read_text()

@@ -44,8 +44,7 @@ def test_an_empty_server_lives_but_is_not_ready(start):
 def test_admin_routes_need_the_token(shared_server, given):
     headers = {"Authorization": given} if given else {}
     client = shared_server.client
-    assert client.post("/admin/deploy", json={"name": "legal"}, headers=headers).status_code == 401
-    response = client.delete("/admin/models/legal", headers=headers)
+    response = client.post("/admin/deploy", json={"name": "legal"}, headers=headers)
     assert (response.status_code, response.json()["error"]["type"]) == (401, "authentication_error")
     assert ask(client).status_code == 200
 
@@ -55,14 +54,14 @@ def test_a_name_that_nobody_deployed_is_404(shared_server):
     assert shared_server.deploy("../runs/x").status_code == 400
 
 
-def test_a_model_can_be_taken_out_of_service(start, desire, onnx_folder):
+def test_a_model_can_be_taken_out_of_service(start, desire, store, onnx_folder):
     desire("news", 1, onnx_folder)
     server = start()
     server.wait("/readyz")
-    assert server.client.delete("/admin/models/news", headers=server.admin).json()["removed"]
+    store.remove("deployments/news.json")
+    assert server.deploy("news").status_code == 404
     assert server.client.get("/v2/models/news").status_code == 404
     assert server.client.get("/readyz").json()["reasons"] == ["no model deployed"]
-    assert server.client.delete("/admin/models/news", headers=server.admin).status_code == 404
 
 
 def forward(port: int, target: str) -> socketserver.ThreadingTCPServer:
@@ -207,7 +206,7 @@ def test_fifty_swaps_under_load_lose_no_request(start, desire, causal_folder):
             version = str(swap % 2 + 1)
             desire("legal", int(version), folders[version])
             state = server.deploy("legal").json()
-            assert (state["version"], state["loaded"]) == (version, True)
+            assert state["version"] == version
         stop.set()
         for task in tasks:
             task.result()

@@ -16,6 +16,8 @@ from components.shared.errors import TuneyardError
 from components.shared.manifest import describe
 from components.shared.modelcard import ModelCard
 
+# Each test makes a model and runs the whole stage on it, with its proof: 1 to 5 s of CPU.
+pytestmark = pytest.mark.slow
 TARGETS = {f"model.layers.{i}.{m}.weight" for i in (0, 1) for m in ("self_attn.q_proj", "mlp.down_proj")}
 IDS = torch.tensor([[1, 17, 170, 99, 260, 31, 8]])  # not among the stage's own probes
 

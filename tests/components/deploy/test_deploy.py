@@ -3,95 +3,21 @@
 from __future__ import annotations
 
 import json
-import os
 import socket
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import httpx
-import numpy as np
-import onnx
 import pytest
-from onnx import TensorProto, helper, numpy_helper
 
 from components.deploy import deploy as stage
 from components.deploy.config import DeployConfig
 from components.deploy.server import Answer, ModelServer
 from components.shared import registry
 from components.shared.errors import TuneyardError
-from components.shared.modelcard import BaseModelRef, ModelCard
 from components.shared.stage import Artifact, Context
 
-ROOT = Path(__file__).resolve().parents[3]
 TOKEN = "a-token-of-the-tests"
 LABELS = ["down", "up"]
-
-
-@pytest.fixture
-def model_folder(tiny_tokenizer, tmp_path):
-    """Makes a classifier folder: `model_folder(seed)`. Its logits are a table's row for the first token."""
-
-    def make(seed: int) -> Path:
-        folder = tmp_path / f"model-{seed}"
-        folder.mkdir()
-        table = np.random.default_rng(seed).normal(size=(len(tiny_tokenizer), 2)).astype(np.float32)
-        nodes = [
-            helper.make_node("Gather", ["input_ids", "first"], ["token"], axis=1),
-            helper.make_node("Gather", ["table", "token"], ["logits"]),
-        ]
-        constants = [numpy_helper.from_array(table, "table"), numpy_helper.from_array(np.array(0), "first")]
-        ids = helper.make_tensor_value_info("input_ids", TensorProto.INT64, ["n", "t"])
-        out = helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["n", 2])
-        graph = helper.make_graph(nodes, "first-token", [ids], [out], constants)
-        made = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
-        onnx.save(made, folder / "model.onnx")
-        tiny_tokenizer.save_pretrained(folder)
-        ModelCard(
-            task="classification",
-            layout="onnx",
-            base_model=BaseModelRef(uri="s3://models/tiny", fingerprint="0" * 64),
-            labels=LABELS,
-            max_length_tokens=32,
-            trainable_weights=1,
-            total_weights=1,
-        ).write(folder)
-        return folder
-
-    return make
-
-
-@pytest.fixture
-def promoted(mlflow_store, model_folder):
-    """Registers a model and makes it champion: `promoted(seed)` -> its version."""
-
-    def make(seed: int, champion: bool = True) -> registry.RegisteredVersion:
-        manifest = mlflow_store.put_tree(model_folder(seed), "model")
-        uri = mlflow_store.manifest_uri(manifest)
-        tags = {"metrics": "{}", "digest": manifest.digest}
-        version = registry.register_version("news", uri, "", tags)
-        if champion:
-            registry.client().set_registered_model_alias("news", registry.CHAMPION, str(version.version))
-        return registry.get("news", version.version)
-
-    return make
-
-
-@pytest.fixture
-def server_url(mlflow_store, tmp_path):
-    """A server process."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    own = {"TUNEYARD_SERVING_TOKEN": TOKEN, "OMP_NUM_THREADS": "1"}
-    log = (tmp_path / "server.log").open("wb")
-    command = [sys.executable, "-m", "serving", "--port", str(port)]
-    process = subprocess.Popen(command, cwd=ROOT, env=os.environ | own, stderr=log)
-    yield f"http://127.0.0.1:{port}"
-    process.kill()
-    process.wait(10)
-    log.close()
 
 
 def put(store, url, seconds=60):
@@ -159,8 +85,8 @@ def test_a_wrong_answer_takes_the_server_back(mlflow_store, server_url, promoted
     promoted(2)
     real = ModelServer.ask
 
-    def elsewhere(self, name, task):
-        answer = real(self, name, task)
+    def elsewhere(self, *asked):
+        answer = real(self, *asked)
         return Answer(answer.text, "99", answer.digest)
 
     with monkeypatch.context() as patch:
@@ -176,7 +102,7 @@ def test_a_first_deployment_that_fails_leaves_no_model_behind(
 ):
     promoted(1)
     with monkeypatch.context() as patch:
-        patch.setattr(ModelServer, "ask", lambda self, name, task: Answer("", "99", ""))
+        patch.setattr(ModelServer, "ask", lambda self, *asked: Answer("", "99", ""))
         with pytest.raises(TuneyardError, match="version 99"):
             put(mlflow_store, server_url)
     assert mlflow_store.read_json("deployments/news.json") is None
@@ -247,7 +173,8 @@ def test_a_deployment_is_still_true_only_while_the_model_is_in_service(
     config = DeployConfig()
     assert config.still_true(summary)
     assert not config.still_true({"name": "news"})  # there was no champion then; there may be one now
-    ModelServer(server_url, TOKEN, 30).unload("news")
+    mlflow_store.remove("deployments/news.json")
+    assert ModelServer(server_url, TOKEN, 30).follow("news") is None
     assert not config.still_true(summary)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

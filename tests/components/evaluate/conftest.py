@@ -12,6 +12,7 @@ from components.shared.manifest import Manifest, describe
 from components.shared.modelcard import BaseModelRef, ModelCard
 from components.shared.stage import Artifact, Context
 from components.shared.store import Store
+from tests.tiny import tiny_gemma
 
 QUESTIONS = [
     "合同未履行怎么办",
@@ -72,46 +73,6 @@ def make_tokenizer(texts: list[str]):
     return chat.prepare(PreTrainedTokenizerFast(tokenizer_object=raw, **names))
 
 
-def tiny_gemma(vocabulary: int, **changes):
-    import torch
-    from transformers import Gemma3ForCausalLM, Gemma3TextConfig
-
-    torch.manual_seed(0)
-    settings = {
-        "vocab_size": vocabulary,
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 1,
-        "head_dim": 16,
-        "sliding_window": 16,
-        "layer_types": ["sliding_attention", "full_attention"],
-        "max_position_embeddings": 256,
-        "initializer_range": 0.1,
-        "pad_token_id": 0,
-        "eos_token_id": 1,
-        "bos_token_id": 2,
-    }
-    return Gemma3ForCausalLM(Gemma3TextConfig(**{**settings, **changes})).eval()
-
-
-@pytest.fixture(scope="session")
-def one_thread():
-    """Tiny models are slower on two threads than on one, and far slower when the machine is busy."""
-    import torch
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="session")
-def make_gemma(one_thread):
-    return tiny_gemma
-
-
 @pytest.fixture
 def write_dataset():
     return dataset
@@ -137,7 +98,7 @@ def _tune(model, encoded, steps: int) -> None:
 
 
 @pytest.fixture(scope="session")
-def causal_line(tmp_path_factory, one_thread):
+def causal_line(tmp_path_factory):
     """Folders of train, test, base and tuned model; test asks the questions of train in other words."""
     root = tmp_path_factory.mktemp("causal")
     pairs = list(zip(QUESTIONS, ANSWERS, strict=True))
@@ -186,7 +147,7 @@ def _texts(first: int, last: int) -> list[dict]:
 
 
 @pytest.fixture(scope="session")
-def class_line(tmp_path_factory, one_thread):
+def class_line(tmp_path_factory):
     """Folders of train, test, base, tuned and ONNX model of a tiny news classifier."""
     import torch
     from transformers import BertConfig, BertForSequenceClassification, BertModel

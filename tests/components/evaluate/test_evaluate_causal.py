@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 
-from components.evaluate import answers, intervals
+from components.evaluate import intervals, sitting
 from components.evaluate.config import EvaluateConfig
 from components.evaluate.evaluate import evaluate
 from components.shared import causal, jsonl
@@ -125,7 +125,7 @@ def test_what_does_not_fit_into_the_window_is_cut_or_left_out_and_counted(causal
     tests = sorted(causal_line.test, key=lambda row: row["id"])
     lengths = sorted(len(causal.encode(causal_line.tokenizer, row).answer) for row in tests)
     window = lengths[-1]  # the longest answer alone fills it
-    exam, facts = answers.prepare(EvaluateConfig(max_new_tokens=10), tests, causal_line.tokenizer, window)
+    exam, facts = sitting.prepare(EvaluateConfig(max_new_tokens=10), tests, causal_line.tokenizer, window)
     assert len(exam.tests) == 5
     assert len(facts["truncated"]["left_out"]) == 1
     assert (
@@ -136,7 +136,7 @@ def test_what_does_not_fit_into_the_window_is_cut_or_left_out_and_counted(causal
     assert all(len(encoded) <= window for encoded in exam.encoded)
     assert all(len(prompt) + 10 <= window for prompt in exam.prompts)
     with pytest.raises(TuneyardError, match="window of 3 tokens"):
-        answers.prepare(EvaluateConfig(), tests, causal_line.tokenizer, 3)
+        sitting.prepare(EvaluateConfig(), tests, causal_line.tokenizer, 3)
 
 
 def test_metrics_reach_the_training_run(causal_line, causal_inputs, context, mlflow_store):

@@ -119,5 +119,5 @@ def test_tfidf_tells_chinese_texts_apart():
 
 def test_outputs_come_back_in_the_order_of_the_texts():
     encodings = predictions.Encodings({"input_ids": [[7, 7, 7], [1], [5, 5], [9, 9, 9, 9]]}, pad_id=0, cut=0)
-    timed = predictions.run(lambda batch: batch["input_ids"][:, :1], encodings, 3)
+    timed = predictions.run(lambda batch: batch["input_ids"][:, :1], encodings, encodings.batches(3))
     assert timed.outputs.tolist() == [[7], [1], [5], [9]]

@@ -34,6 +34,15 @@ def test_a_stage_that_was_killed_is_the_one_that_never_went_beyond_running(store
     assert ended.event == "failed" and "at train" in ended.text and "killed" in ended.text
 
 
+def test_a_slice_that_was_killed_is_named_and_slices_are_no_stages(store):
+    slices = {"evaluate-slice-1-of-2": DONE, "evaluate-slice-2-of-2": {"status": "running"}}
+    ended = ending(store, stages=["train", "evaluate"], train=DONE, **slices)
+    assert ended.event == "failed" and "at evaluate-slice-2-of-2" in ended.text and "killed" in ended.text
+    slices["evaluate-slice-2-of-2"] = DONE
+    ended = ending(store, stages=["train", "evaluate"], train=DONE, evaluate=DONE, **slices)
+    assert ended.event == "done" and "2 stages in 4 s" in ended.text
+
+
 def test_a_gate_is_told_from_a_failure(store):
     error = {"what": "rouge_l 0.1 is under 0.2", "todo": "", "exit_code": 3}
     ended = ending(store, ingest=DONE, evaluate={"status": "stopped", "error": error})

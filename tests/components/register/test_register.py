@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import subprocess
 
 import pytest
@@ -15,8 +14,8 @@ from components.shared.manifest import Manifest, describe
 from components.shared.modelcard import BaseModelRef, ModelCard
 from components.shared.stage import Artifact, Context
 from components.shared.store import Store
+from tests.rivals import rivals
 
-FORK = multiprocessing.get_context("fork")
 NAME = "sft_legal"
 TEST_SET = digest.of_value("test set")
 
@@ -230,12 +229,7 @@ def test_of_eight_that_register_at_once_the_best_is_champion(mlflow_store, tmp_p
         store = Store(mlflow_store.root, tmp_path / f"cache-{number}")  # own connections after the fork
         accepted(store, tmp_path / f"run-{number}", f"weights {number}", run=f"run-{number}", loss=loss)
 
-    processes = [FORK.Process(target=one, args=a, daemon=True) for a in enumerate(losses)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(60)
-    assert [process.exitcode for process in processes] == [0] * 8
+    assert rivals(one, enumerate(losses)) == [0] * 8
     entries = ledger.verify(NAME, mlflow_store)
     champion = registry.champion(NAME)
     assert champion.metrics["loss"] == min(losses)

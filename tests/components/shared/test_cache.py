@@ -58,15 +58,27 @@ def test_what_a_stage_gives_becomes_the_cached_file_without_a_copy(store, tree, 
     assert describe(back) == expected and fetches == []
 
 
-def test_what_was_verified_is_not_hashed_at_the_next_hand_over(store, tree, tmp_path, monkeypatch):
+def test_what_was_verified_is_not_hashed_at_the_next_hand_over(store, tree, tmp_path, monkeypatch, fetches):
+    hashed = []
+    original = digest.of_file
+
+    def of_file(path):
+        hashed.append(path)
+        return original(path)
+
+    monkeypatch.setattr(digest, "of_file", of_file)
     given = store.put_tree(tree, "model", given=True)
-    monkeypatch.setattr(digest, "of_file", lambda path: pytest.fail(f"{path} was hashed again"))
+    assert sorted(path.name for path in hashed) == ["config.json", "model.safetensors"]
+    hashed.clear()
     store.get_tree(given, tmp_path / "one")
-    monkeypatch.undo()
+    assert hashed == [] and fetches == []
     other = Store(store.root, tmp_path / "other-cache")
     other.get_tree(given, tmp_path / "two")
-    monkeypatch.setattr(digest, "of_file", lambda path: pytest.fail(f"{path} was hashed again"))
-    other.get_tree(given, tmp_path / "three")
+    assert len(fetches) == 2
+    hashed.clear()
+    back = other.get_tree(given, tmp_path / "three")
+    assert hashed == [] and len(fetches) == 2
+    assert describe(back) == given.files
 
 
 @pytest.mark.parametrize("how", ["write", "mapped", "replaced", "copied over", "cut"])

@@ -3,7 +3,6 @@ from __future__ import annotations
 import copy
 import itertools
 import json
-import multiprocessing
 import os
 import signal
 
@@ -15,8 +14,8 @@ from components.shared import digest, ledger, registry
 from components.shared.errors import TuneyardError
 from components.shared.ledger import Change
 from components.shared.store import Store
+from tests.rivals import FORK, rivals
 
-FORK = multiprocessing.get_context("fork")
 NAME = "legal"
 
 
@@ -192,12 +191,7 @@ def test_rivals_without_a_common_lock_agree_too(mlflow_store, tmp_path):
         os.environ["TUNEYARD_HOME"] = str(tmp_path / f"home-{version}")
         _promote_often(mlflow_store, version, 3)
 
-    processes = [FORK.Process(target=elsewhere, args=(v,), daemon=True) for v in range(1, 5)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(60)
-    assert [process.exitcode for process in processes] == [0] * 4
+    assert rivals(elsewhere, [(version,) for version in range(1, 5)]) == [0] * 4
     entries = ledger.verify(NAME, mlflow_store)
     assert len(entries) == 4 + 12
     assert registry.aliases(NAME) == {"champion": entries[-1].version, "candidate": 4}

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import sqlite3
 
 import pytest
@@ -10,8 +9,8 @@ from pydantic import ValidationError
 from components.register.config import RegisterConfig
 from components.shared import mlflow_database, registry
 from components.shared.errors import TuneyardError
+from tests.rivals import rivals
 
-FORK = multiprocessing.get_context("fork")
 DIGESTS = ["a" * 64, "b" * 64, "c" * 64]
 
 
@@ -77,12 +76,7 @@ def test_the_longest_name_passes_in_a_pipeline_file_and_in_the_registry():
 
 
 def test_processes_that_register_at_once_get_a_version_each(mlflow_store):
-    processes = [FORK.Process(target=add, daemon=True) for _ in range(4)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(60)
-    assert [process.exitcode for process in processes] == [0] * 4
+    assert rivals(add, [()] * 4) == [0] * 4
     assert [v.version for v in registry.versions("legal")] == list(range(1, 5))
 
 

@@ -7,8 +7,7 @@ import time
 
 import pytest
 
-from components.shared import clock
-from components.shared import stage as around
+from components.shared import clock, recording
 from components.shared.errors import EXIT_STOPPED, StageStopped, StoreError, TuneyardError
 from components.shared.settings import Settings
 from components.shared.stage import Result, perform
@@ -176,7 +175,7 @@ def test_a_failure_that_cannot_be_recorded_is_still_the_one_that_is_told(stage, 
         if status == "failed":
             raise StoreError("the store is down too", "start it")
 
-    monkeypatch.setattr(around, "record", refuse)
+    monkeypatch.setattr(recording, "record", refuse)
     with pytest.raises(TuneyardError, match="99 is too many"):
         stage(Config(number=99))
 

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import multiprocessing
 import subprocess
 import sys
 import time
@@ -10,18 +9,7 @@ import pytest
 
 from components.shared import mlflow_database, tracking
 from components.shared.errors import TuneyardError
-
-FORK = multiprocessing.get_context("fork")
-
-
-def rivals(target, arguments):
-    """Run target(*a) for each a in a process of its own, at the same time; returns the exit codes."""
-    processes = [FORK.Process(target=target, args=a, daemon=True) for a in arguments]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(60)
-    return [process.exitcode for process in processes]
+from tests.rivals import FORK, rivals
 
 
 def test_without_a_tracking_uri_nothing_happens_and_mlflow_is_not_imported():
@@ -82,6 +70,7 @@ def test_processes_that_start_at_once_share_one_experiment(mlflow_store):
     assert sorted(r.data.params["i"] for r in client.search_runs([experiment.experiment_id])) == list("0123")
 
 
+@pytest.mark.slow  # MLflow's migrations of a database, and processes that import MLflow
 def test_processes_that_meet_an_empty_database_all_get_it(tmp_path, monkeypatch):
     """Without the lock they run MLflow's migrations over each other: 7 of 8 failed."""
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'new.db'}")

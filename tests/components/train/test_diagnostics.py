@@ -382,12 +382,12 @@ def test_the_page_shows_findings_and_the_curves_of_each_part(tiny_causal, tmp_pa
     )
     rows = [{"step": 0, "eval_loss": result.base_loss}, *result.history]
     findings = diagnostics.diagnose(result.history, result.base_loss)
-    page = curves.page(rows, card, {}, findings)
+    page = curves.page(rows, card, {}, findings, {})
     assert "learning rate too low</b> since step" in page
     for name in ("grad_norm.layers.1", "update_ratio.layers.0", "memory_gib"):
         assert f"<title>{name}</title>" in page
     assert ("No GPU on this machine" in page) == (not torch.cuda.is_available())
-    assert "No rule found anything" in curves.page(rows, card, {}, [])
+    assert "No rule found anything" in curves.page(rows, card, {}, [], {})
     assert checkpoint.newest(tmp_path) is None  # no checkpoint was due: the history came from the fit
 
 

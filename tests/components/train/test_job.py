@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import os
 import re
 import sys
+import tempfile
 import threading
 import time
+from pathlib import Path
 
 import pytest
 import yaml
@@ -23,7 +26,8 @@ from k8s import pod_security
 from pipelines import compile as compiling
 from pipelines.images import lock
 from pipelines.spec import load
-from tests.components.train.kube_server import Cluster, pod_template, refusals, serving
+from tests.components.train.kube_cluster import Cluster, pod_template, refusals
+from tests.components.train.kube_server import serving
 from tests.components.train.test_worker import rows, settings_for
 from tests.pipelines.test_compile import IMAGES
 
@@ -46,17 +50,20 @@ OVERRIDES = (
 )
 
 
-def compiled(tmp_path, *overrides):
+@functools.cache  # a compile takes a second, and most tests here want the same one
+def compiled(*overrides):
     """(container, executor config) of train, as Kubeflow Pipelines gets them."""
-    compiling.write(load("sft_legal", overrides), lock.read(IMAGES), {}, tmp_path / "ir.yaml")
-    ir, platform = yaml.safe_load_all((tmp_path / "ir.yaml").read_text())
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "ir.yaml"
+        compiling.write(load("sft_legal", overrides), lock.read(IMAGES), {}, path)
+        ir, platform = yaml.safe_load_all(path.read_text())
     configs = platform["platforms"]["kubernetes"]["deploymentSpec"]["executors"]
     return ir["deploymentSpec"]["executors"]["exec-train"]["container"], configs["exec-train"]
 
 
-def asked_of(tmp_path, *overrides):
+def asked_of(*overrides):
     """What the stage's pod is told of its nodes."""
-    container, _ = compiled(tmp_path, *(overrides or OVERRIDES))
+    container, _ = compiled(*(overrides or OVERRIDES))
     (text,) = [v["value"] for v in container["env"] if v["name"] == trainjob.ASKED]
     return trainjob.Nodes.model_validate_json(text)
 
@@ -70,7 +77,7 @@ def body_of(asked, key="f" * 64):
 
 def test_the_nodes_have_what_the_stages_own_pod_would_have(tmp_path):
     cluster = Cluster(tmp_path)
-    body = body_of(asked_of(tmp_path))
+    body = body_of(asked_of())
     assert refusals(body, cluster.runtimes) == []
     labels, spec = pod_template(body, cluster.runtimes["TrainingRuntime", "tuneyard-torch"])
     (container,) = spec["containers"]
@@ -105,16 +112,17 @@ def test_the_nodes_have_what_the_stages_own_pod_would_have(tmp_path):
     assert pod_security.faults(spec) == [] and spec["automountServiceAccountToken"] is False
 
 
-def test_a_scratch_class_replaces_the_runtimes_volume(tmp_path):
-    asked = asked_of(tmp_path, *OVERRIDES[:2], "hardware.stages.train.scratch_class=fast")
+def test_work_is_of_the_scratch_class_where_there_is_one(tmp_path):
+    asked = asked_of(*OVERRIDES[:2], "hardware.stages.train.scratch_class=fast")
     _, spec = pod_template(body_of(asked), next(iter(Cluster(tmp_path).runtimes.values())))
     (mount,) = [m for m in spec["containers"][0]["volumeMounts"] if m["mountPath"] == "/work"]
     (volume,) = [v for v in spec["volumes"] if v["name"] == mount["name"]]
+    assert mount["name"] == "work"
     assert set(volume) == {"name", "ephemeral"} and pod_security.faults(spec) == []
 
 
-def test_secrets_are_referred_to_and_never_written(tmp_path):
-    variables = {v["name"]: v for v in body_of(asked_of(tmp_path))["spec"]["trainer"]["env"]}
+def test_secrets_are_referred_to_and_never_written():
+    variables = {v["name"]: v for v in body_of(asked_of())["spec"]["trainer"]["env"]}
     assert variables["AWS_SECRET_ACCESS_KEY"]["valueFrom"] == {
         "secretKeyRef": {"name": "tuneyard-s3", "key": "AWS_SECRET_ACCESS_KEY"}
     }
@@ -123,8 +131,8 @@ def test_secrets_are_referred_to_and_never_written(tmp_path):
     assert "TUNEYARD_SERVING_TOKEN" not in variables and trainjob.ASKED not in variables
 
 
-def test_the_stages_own_pod_watches_and_takes_no_place_of_a_gpu(tmp_path):
-    container, config = compiled(tmp_path, *OVERRIDES)
+def test_the_stages_own_pod_watches_and_takes_no_place_of_a_gpu():
+    container, config = compiled(*OVERRIDES)
     assert container["image"].startswith("registry.example/tuneyard/cpu@")
     assert (
         container["resources"]["resourceCpuRequest"] == "1000m"
@@ -132,14 +140,14 @@ def test_the_stages_own_pod_watches_and_takes_no_place_of_a_gpu(tmp_path):
     )
     assert "nodeSelector" not in config and "tolerations" not in config
     assert not [name for name in config["podMetadata"]["labels"] if "kueue" in name]
-    assert config["secretAsVolume"][0]["mountPath"] == str(api.TOKEN)
+    assert config["secretAsVolume"][0]["mountPath"] == trainjob.TOKEN_PATH
 
 
 @pytest.mark.parametrize("pipeline", ["sft_legal", "a" * 90, "Q&A.v2-"])
 def test_the_jobs_name_is_that_of_every_attempt_and_fits_in_dns(tmp_path, pipeline):
     name = trainjob.name_of(pipeline, "0123456789abcdef" * 4)
     assert name == trainjob.name_of(pipeline, "0123456789abcdef" * 4) and name.endswith("-0123456789ab")
-    asked = asked_of(tmp_path, *OVERRIDES[:2])
+    asked = asked_of(*OVERRIDES[:2])
     body = trainjob.trainjob(asked, name, "k", ("pod", "uid")).to_dict()
     assert refusals(body, Cluster(tmp_path).runtimes) == []
 
@@ -159,7 +167,7 @@ def test_the_jobs_name_is_that_of_every_attempt_and_fits_in_dns(tmp_path, pipeli
     ],
 )
 def test_the_api_of_these_tests_refuses_what_a_real_one_does(tmp_path, spoil, says):
-    body = body_of(asked_of(tmp_path, *OVERRIDES[:2]))
+    body = body_of(asked_of(*OVERRIDES[:2]))
     spoil(body)
     assert says in "; ".join(refusals(body, Cluster(tmp_path).runtimes))
 
@@ -179,7 +187,7 @@ def run(tiny_causal, store, tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(api.connect, "__defaults__", (tmp_path / "token",))
     monkeypatch.setenv("KFP_POD_NAME", "train-pod")
     monkeypatch.setenv("KFP_POD_UID", "0b2c")
-    monkeypatch.setenv(trainjob.ASKED, asked_of(tmp_path, *OVERRIDES[:2]).model_dump_json())
+    monkeypatch.setenv(trainjob.ASKED, asked_of(*OVERRIDES[:2]).model_dump_json())
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     manifests = {}
     for side, found in (("train", rows(40)), ("eval", rows(4))):

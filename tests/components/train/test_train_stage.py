@@ -65,6 +65,7 @@ def test_a_classifier_is_saved_whole_and_learns(tiny_encoder, run, kind):
     assert result.metrics["eval_loss"] < 0.8 * result.metrics["base_eval_loss"]
     card = ModelCard.read(out / "model")
     assert (card.layout, card.labels) == ("transformers", ["down", "up"])
+    assert card.reference.label_shares == {"down": 0.5, "up": 0.5}
     assert (card.trainable_weights < card.total_weights) == (kind == "lora")
     # Read back as anybody would: the adapter and the new head are in the weights.
     model = AutoModelForSequenceClassification.from_pretrained(out / "model").eval()

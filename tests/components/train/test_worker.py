@@ -104,6 +104,7 @@ def apart(one, other):
     return max(losses), max(float((w - other_weights[n]).abs().max()) for n, w in weights.items())
 
 
+@pytest.mark.slow  # three processes that import torch and transformers
 @pytest.mark.parametrize("kind", ["lora", "full"])
 def test_two_processes_do_what_one_does(tiny_causal, tmp_path, kind):
     adapter = {"kind": kind, **({"dropout": 0.0} if kind == "lora" else {})}
@@ -115,6 +116,7 @@ def test_two_processes_do_what_one_does(tiny_causal, tmp_path, kind):
     assert not list((tmp_path / "two" / "rank-1").glob("step-*"))
 
 
+@pytest.mark.slow  # as above
 def test_the_mean_of_the_processes_means_is_told_from_it(tiny_causal, tmp_path):
     (one,) = fitted(tiny_causal, tmp_path / "one", 1)
     mistaken, _ = fitted(tiny_causal, tmp_path / "two", 2, "mean-of-means")

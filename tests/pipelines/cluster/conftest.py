@@ -95,6 +95,7 @@ def pipeline(cluster, tiny_encoder, tmp_path_factory):
             "per_device_batch_size": 16,
             "max_length": 128,
         },
+        "evaluate": {"per_device_batch_size": 4},
         "register": {},
         "deploy": {},
         "notify": {"on": ["done", "failed", "stopped", "no-version"]},

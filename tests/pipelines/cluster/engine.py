@@ -3,10 +3,11 @@
 Taken over from the backend's sources (backend/src/v2/driver and component): a placeholder is resolved only
 where it is the whole constant; a container gets the command of the IR with the executor input in place of
 `{{$}}`, and of the environment just what the platform spec names; a task's cache answers for its custom key
-within one pipeline; retries; conditions; the exit handler runs however the rest ended.
+within one pipeline; retries; conditions; loops; the exit handler runs however the rest ended.
 
 Not taken over: images (the code of this tree runs), S3 for KFP's own artifacts (a folder), the scheduling of
-Kubernetes. Files that the image has under /work are in a folder of the pod.
+Kubernetes: the rounds of a loop run one after the other, and all of them, also after one that failed. Files
+that the image has under /work are in a folder of the pod.
 """
 
 from __future__ import annotations
@@ -136,10 +137,24 @@ class Run(threading.Thread):
                 self.tasks.append(Task(task["taskInfo"]["name"], state="SKIPPED"))
                 return {}
         component = self.ir["components"][task["componentRef"]["name"]]
+        if "parameterIterator" in task:
+            return self._loop(task["parameterIterator"], component["dag"], values, files)
         if "dag" in component:
             self._dag(component["dag"], values, files)
             return {}
         return self._container(task, component, values, files)
+
+    def _loop(self, iterator: dict, dag: dict, values: dict, files: dict) -> dict:
+        """Run a graph once for each item."""
+        failed = []
+        for item in json.loads(iterator["items"]["raw"]):
+            try:
+                self._dag(dag, values | {iterator["itemInput"]: item}, files)
+            except TaskFailed as error:
+                failed.append(error)
+        if failed:
+            raise failed[0]
+        return {}
 
     def _value(self, source: dict, parameters: dict, outputs: dict) -> Any:
         if "componentInputParameter" in source:

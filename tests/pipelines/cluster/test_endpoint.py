@@ -20,6 +20,7 @@ from pipelines.placement import PLATFORM_VARIABLES
 from pipelines.spec import load
 from tests.pipelines.cluster.kfp_server import Endpoint, serving
 
+pytestmark = pytest.mark.server
 STAGES = ["ingest", "validate", "split", "train", "evaluate", "register", "deploy"]
 
 
@@ -74,8 +75,8 @@ def says(failing=(), wait=None):
     return start
 
 
-def submit(spec):
-    return submitting.run_cluster(spec, endpoints.require(), screen=None)
+def submit(spec, overrides=()):
+    return submitting.run_cluster(spec, endpoints.require(), overrides, screen=None)
 
 
 def statuses(report):
@@ -123,6 +124,54 @@ def test_a_failed_stage_was_tried_as_often_as_the_file_says_and_ends_the_run(clu
     )
     assert "split failed after 3 attempts" in report.error["what"]
     assert Path(report.log).read_text().count("hello from split") == 3
+
+
+SLICED = ["hardware.stages.evaluate.slices=3"]
+
+
+def test_slices_are_streamed_and_are_no_stages_of_the_report(cluster, spec):
+    report = submit(spec, SLICED)
+    assert (report.exit_code, statuses(report)) == (EXIT_DONE, dict.fromkeys(STAGES, "done"))
+    shares = [task.name for task in cluster.going[report.run_id].tasks]
+    assert shares.count("evaluate-slice") == 3 and shares.index("evaluate") == len(shares) - 3
+    log = Path(report.log).read_text()
+    assert (log.count("hello from evaluate_slice\n"), log.count("hello from evaluate\n")) == (3, 1)
+
+
+def test_a_slice_that_fails_ends_the_run_before_evaluate_and_is_named(cluster, spec):
+    started = []
+
+    def start(stage, values, log):
+        log.write_text(f"▸ {stage}\n")
+        started.append((stage, values.get("share")))
+        return int(values.get("share") == "2 of 3")
+
+    cluster.cluster.instead = start
+    report = submit(spec, SLICED)
+    assert (report.status, statuses(report)["evaluate"]) == ("failed", "not run")
+    assert "evaluate-slice failed after 3 attempts" in report.error["what"]
+    assert [share for stage, share in started if stage == "evaluate_slice"].count("2 of 3") == 3
+    assert "evaluate" not in [stage for stage, _ in started]
+
+
+def test_as_long_as_one_slice_goes_on_its_log_is_read():
+    import kfp_server_api as api
+
+    def task(state, pod):
+        children = [api.PipelineTaskDetailChildTask(pod_name=pod)]
+        return api.V2beta1PipelineTaskDetail(
+            task_id=pod, display_name="evaluate-slice", state=state, child_tasks=children
+        )
+
+    def state(*states):
+        details = [task(each, f"pod-{number}") for number, each in enumerate(states)]
+        run = api.V2beta1Run(run_details=api.V2beta1RunDetails(task_details=details))
+        return watching.stages_of(run, ["evaluate-slice"])["evaluate-slice"]
+
+    assert state("SUCCEEDED", "RUNNING", "SUCCEEDED") == watching.StageState(
+        "RUNNING", ("pod-0", "pod-1", "pod-2")
+    )
+    assert state("SUCCEEDED", "SUCCEEDED").state == "SUCCEEDED"
 
 
 def test_retry_goes_on_from_the_stage_that_failed(cluster, spec, monkeypatch):

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from components.shared.commit import commit_name
 from components.shared.errors import EXIT_DONE
 from components.shared.store import Store
 from pipelines.cluster import endpoint as endpoints
@@ -102,6 +103,27 @@ def test_an_unchanged_submit_starts_no_run(first, cluster, pipeline):
     assert len(cluster.runs) == before
     assert [s["cached"] for s in again.stages] == [True] * 7 and again.exit_code == EXIT_DONE
     assert again.model == first.model
+
+
+def test_evaluate_in_slices_reports_under_the_same_key_what_it_reported_alone(first, cluster, pipeline):
+    store = Store.from_environment()
+    (alone,) = [stage for stage in first.stages if stage["name"] == "evaluate"]
+    store.remove(commit_name("evaluate", alone["key"]))
+    sliced = ["hardware.stages.evaluate.slices=3"]
+    again = submitting.run_cluster(str(pipeline), endpoints.require(), sliced, screen=None)
+    assert again.exit_code == EXIT_DONE, again.error
+    (row,) = [stage for stage in again.stages if stage["name"] == "evaluate"]
+    assert (row["key"], row["cached"]) == (alone["key"], False)
+    records = store.names(f"runs/{again.run_id}/evaluate-slice-")
+    assert len(records) == 3 and all(store.read_json(name)["cached"] is False for name in records)
+    assert store.names(f"work/evaluate/{row['key']}/") == []
+    log = Path(again.log).read_text()
+    assert [log.count(f"▸ evaluate-slice-{number}-of-3") for number in (1, 2, 3)] == [1, 1, 1]
+    assert "its share is done here" not in log
+    measured = ("latency", "per_second", "memory", "throughput")
+    for system, metrics in first.metrics.items():
+        kept = {name for name in metrics if not any(word in name for word in measured)}
+        assert kept and {n: again.metrics[system][n] for n in kept} == {n: metrics[n] for n in kept}
 
 
 def test_a_slot_has_one_run_and_a_slot_that_changes_nothing_says_so(first, cluster, pipeline, webhook, patch):

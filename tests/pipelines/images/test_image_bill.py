@@ -40,6 +40,7 @@ def wheels(tmp_path):
     return folder
 
 
+@pytest.mark.slow  # the schema has seconds of references to resolve
 def test_a_bill_keeps_to_the_schema_of_cyclonedx(wheels):
     bill = sbom.document("cpu", INSIDE, wheels, 1_700_000_000)
     assert fault(bill) == ""

@@ -77,6 +77,21 @@ def test_a_container_of_buildah_is_removed_also_when_its_command_fails(calls, mo
 @pytest.mark.parametrize(
     ("said", "todo"),
     [
+        ("BuildKit is enabled but the buildx component is missing or broken.", "docker-buildx-plugin"),
+        ("Cannot connect to the Docker daemon at unix:///var/run/docker.sock.", "start the Docker service"),
+    ],
+)
+def test_what_docker_lacks_is_said(calls, tmp_path, monkeypatch, said, todo):
+    monkeypatch.setenv("FAILS", "build")
+    monkeypatch.setenv("SAYS", said)
+    with pytest.raises(TuneyardError) as error:
+        builders.build(builders.find("docker"), tmp_path, "cpu", "t:1", "", 1, {})
+    assert todo in error.value.todo
+
+
+@pytest.mark.parametrize(
+    ("said", "todo"),
+    [
         (
             "pinging container registry docker.example.com: dial tcp: no such host",
             "BASE=registry.example.com",

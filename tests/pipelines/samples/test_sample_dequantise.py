@@ -13,6 +13,8 @@ from components.shared.errors import TuneyardError
 from pipelines.samples.catalogue import Gguf, Package, Sample
 from pipelines.samples.convert import convert
 
+# A process that imports transformers for each.
+pytestmark = pytest.mark.slow
 HIDDEN, INNER, LAYERS, HEADS, HEAD_DIM = 32, 64, 2, 2, 16
 CONTROL, UNKNOWN, BYTE, NORMAL = 3, 2, 6, 1
 TOKENS = [("<pad>", CONTROL), ("<eos>", CONTROL), ("<bos>", CONTROL), ("<unk>", UNKNOWN)]
