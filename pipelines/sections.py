@@ -54,6 +54,8 @@ def _strange_metrics(raw: Mapping[str, Any], task: str) -> Iterator[tuple[tuple[
         if metric in _OF_COMPRESSION and task == "classification" and not _has(raw, "compress"):
             what = "compares the compressed model with the tuned one, and there is no compress section"
             yield ("evaluate", "gates", metric), what
+        elif metric == "retention_loss_increase" and not _section(raw, "train").get("retain"):
+            yield ("evaluate", "gates", metric), "needs train.retain: what must not be forgotten"
         elif metric in every and metric not in METRICS[task]:
             what = f"no metric of a {task} model; its metrics are {', '.join(METRICS[task])}"
             yield ("evaluate", "gates", metric), what

@@ -23,6 +23,7 @@ METRICS: dict[str, tuple[str, ...]] = {
         "latency_p95_ms",
         "tokens_per_second",
         "memory_gib",
+        "retention_loss_increase",
     ),
     "classification": (
         "accuracy",
@@ -35,6 +36,7 @@ METRICS: dict[str, tuple[str, ...]] = {
         "accuracy_drop_points",
         "throughput_ratio",
         "size_ratio",
+        "retention_loss_increase",
     ),
 }
 

@@ -44,6 +44,11 @@ def evaluate(config: EvaluateConfig, inputs: Mapping[str, Artifact], context: Co
     tests = read_tests(inputs)
     parts = keeping.gather(partial(task.take, config, tests, inputs, context), context)
     findings = task.judge(config, tests, inputs, context, parts)
+    if card.retention:
+        # As the training measured it, on examples that no artifact holds.
+        findings.systems[findings.ships]["retention_loss_increase"] = card.retention[
+            "retention_loss_increase"
+        ]
     verdict = gates.verdict(config.gates, findings.ships, findings.systems[findings.ships])
     document = {
         "task": card.task,

@@ -19,6 +19,34 @@ class EarlyStopping(Settings):
     min_delta: float = Field(0.001, ge=0)
 
 
+class Retain(Settings):
+    """A set of examples that the model must not forget, and how it is held to it.
+
+    The loss on some of them is judged beside eval. The three ways can be had together; with none of them
+    forgetting is only measured.
+
+    Args:
+        source: s3:// prefix, local folder or file: JSON lines with the fields of the objective's data.
+        judged_examples: how many are judged, at most half of them; they are never trained on.
+        replay: fraction (0-1) of the examples of all updates that come from the set; 0 for none. A hundredth
+            helps already.
+        ewc: strength of elastic weight consolidation (Kirkpatrick et al. 2017, arXiv:1612.00796, lambda of
+            equation 3), which holds weights that matter for the set near the base's; 0 for none. Its scale
+            depends on the model: compare `ewc_penalty`, in the curves, with the loss.
+        fisher_examples: how many examples tell which weights matter.
+        distil_from_base: weight of the mean divergence, in nats, of the model's predictions from the base's,
+            on all examples of an update (Li and Hoiem 2016, arXiv:1606.09282); 0 for none. It costs about
+            as much again as the update.
+    """
+
+    source: str
+    judged_examples: int = Field(32, ge=1)
+    replay: float = Field(0.0, ge=0, lt=1)
+    ewc: float = Field(0.0, ge=0, allow_inf_nan=False)
+    fisher_examples: int = Field(64, ge=1)
+    distil_from_base: float = Field(0.0, ge=0, allow_inf_nan=False)
+
+
 class TrainConfig(Settings):
     """How the model is fitted.
 
@@ -46,6 +74,7 @@ class TrainConfig(Settings):
         max_over_length: largest fraction (0-1) of train that may be dropped or cut.
         precision: `auto` is bfloat16 where the processor computes in it, else float32.
         gradient_checkpointing: trade a third more arithmetic for activation memory.
+        retain: what must not be forgotten, see Retain; null for nothing.
         early_stopping: see EarlyStopping; null switches it off.
         eval_steps: optimizer updates between evaluations on eval; None: ten times in the run.
         checkpoint_steps: optimizer updates between checkpoints.
@@ -74,6 +103,7 @@ class TrainConfig(Settings):
     max_over_length: float = Field(0.05, ge=0, le=1)
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     gradient_checkpointing: bool = False
+    retain: Retain | None = None
     early_stopping: EarlyStopping | None = EarlyStopping()
     eval_steps: int | None = Field(None, ge=1)
     eval_examples: int = Field(64, ge=1)
@@ -84,6 +114,20 @@ class TrainConfig(Settings):
     def external_uris(self) -> list[str]:
         """The base model."""
         return [self.base_model]
+
+    def external_datasets(self) -> list[str]:
+        """The retention set."""
+        return [self.retain.source] if self.retain else []
+
+    @model_validator(mode="after")
+    def _base_predicts(self) -> TrainConfig:
+        task = tasks.OBJECTIVES[self.objective.kind].task
+        if self.retain and self.retain.distil_from_base and task != "causal-lm":
+            raise ValueError(
+                f"retain.distil_from_base ({self.retain.distil_from_base:g}) needs a base that predicts what "
+                f"is trained; a {task} model gets a new head: use retain.replay or retain.ewc"
+            )
+        return self
 
     @model_validator(mode="before")
     @classmethod

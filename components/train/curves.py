@@ -137,7 +137,8 @@ def _charts(history: Sequence[Mapping[str, float]]) -> str:
         else "No GPU on this machine, so no use or temperature of one."
     )
     return (
-        chart(history, ("loss", "eval_loss"), "Loss (nats)")
+        chart(history, ("loss", "eval_loss", "retention_loss"), "Loss (nats)")
+        + chart(history, ("ewc_penalty", "base_divergence"), "Held to the base (nats)")
         + chart(history, ("learning_rate",), "Learning rate")
         + chart(history, ("grad_norm",), "Gradient norm before clipping")
         + chart(history, groups(history, "grad_norm."), "Gradient norm of each part", logarithmic=True)

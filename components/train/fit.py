@@ -15,7 +15,7 @@ from typing import Any
 from components.shared import causal, clock, interrupts
 from components.shared.errors import TuneyardError
 from components.shared.progress import Progress
-from components.train import checkpoint, finder, measures
+from components.train import checkpoint, finder, measures, retention
 from components.train.config import TrainConfig
 from components.train.data import schedule_batches
 from components.train.diagnostics import Watch
@@ -37,6 +37,7 @@ class Fit:
         best_loss: the lowest loss on eval, after update `best_step`.
         stale: evaluations in a row that did not improve on it.
         stopped_early: whether that ended the fit.
+        base_retention_loss: loss on the retention set before the first update; NaN where there is none.
         range_test: `rate` and `curve`, see finder.Found, where the learning rate was looked for.
     """
 
@@ -46,7 +47,20 @@ class Fit:
     best_step: int = 0
     stale: int = 0
     stopped_early: bool = False
+    base_retention_loss: float = math.nan
     range_test: dict[str, Any] = field(default_factory=dict)
+
+    def retention(self) -> dict[str, float]:
+        """What became of the retention set at the best step; empty without one."""
+        if math.isnan(self.base_retention_loss) or not self.best_step:
+            return {}
+        now = self.history[self.best_step - 1]["retention_loss"]
+        increase = now - self.base_retention_loss
+        return {
+            "retention_loss": now,
+            "base_retention_loss": self.base_retention_loss,
+            "retention_loss_increase": increase,
+        }
 
 
 @dataclass
@@ -136,9 +150,11 @@ def eval_loss(
     precision: causal.Precision,
     ranks: Ranks = ALONE,
 ) -> float:
-    """Mean loss in nats over the terms of these examples."""
+    """Mean loss in nats over the terms of these examples; NaN of none."""
     import torch
 
+    if not encoded:
+        return math.nan
     objective.model.eval()
     total = 0.0
     budget = config.per_device_batch_size * config.max_length
@@ -178,11 +194,15 @@ def fit(
     """
     steps = schedule_batches([len(e) for e in train], config, objective.packs)
     updates = [[[train[i] for i in micro] for micro in update] for update in steps]
+    if objective.retained and config.retain:
+        updates = retention.replayed(updates, objective.retained.kept, config.retain.replay, config)
     found = finder.settle(objective, updates, config, precision, folder, ranks)
     if found.rate:
         config = config.model_copy(update={"learning_rate": found.rate})
     judge = partial(eval_loss, objective, evaluation, config, precision, ranks)
-    now = _begin(folder, objective.model, config, judge)
+    watched = objective.retained.judged if objective.retained else ()
+    judge_retained = partial(eval_loss, objective, watched, config, precision, ranks)
+    now = _begin(folder, objective.model, config, judge, judge_retained)
     now.state.range_test = asdict(found) if found.rate else {}
     every = config.eval_steps or max(1, math.ceil(len(steps) / 10))
     looks = measures.looks(len(steps), every)
@@ -196,6 +216,8 @@ def fit(
     with _saved_when_interrupted(save):
         while True:
             if now.due(every, len(steps)):
+                if watched:
+                    now.state.history[-1]["retention_loss"] = judge_retained()
                 now.judge(config, judge())
             if ranks.writes:
                 watch.see(now.state.history)
@@ -251,7 +273,13 @@ def _show(progress: Progress, state: Fit, ranks: Ranks) -> None:
     progress.advance(loss=f"{row['loss']:.3f}", eval=evaluated, speed=speed)
 
 
-def _begin(folder: Path, model: Any, config: TrainConfig, judge: Callable[[], float]) -> Ongoing:
+def _begin(
+    folder: Path,
+    model: Any,
+    config: TrainConfig,
+    judge: Callable[[], float],
+    judge_retained: Callable[[], float],
+) -> Ongoing:
     """The start, or where the newest whole checkpoint leaves off."""
     import torch
 
@@ -260,7 +288,8 @@ def _begin(folder: Path, model: Any, config: TrainConfig, judge: Callable[[], fl
     model.train()
     found = checkpoint.newest(folder)
     if found is None:
-        return Ongoing(model, optimizer, Fit(base_loss=judge()), {}, checkpoint.random_state(), saved=0)
+        state = Fit(base_loss=judge(), base_retention_loss=judge_retained())
+        return Ongoing(model, optimizer, state, {}, checkpoint.random_state(), saved=0)
     best = checkpoint.load(found[0], model, optimizer)
     log.info("train: resuming after step %d", found[1]["step"])
     state = Fit(**found[1]["state"])

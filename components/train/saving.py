@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -87,7 +88,8 @@ def describe(
     ledger = context.out / "ledger"
     for side, kept in ledgers.items():
         jsonl.write(ledger / f"{side}.jsonl", kept.rows)
-    curve = [{"step": 0, "eval_loss": result.base_loss}, *result.history]
+    start = {"step": 0, "eval_loss": result.base_loss, "retention_loss": result.base_retention_loss}
+    curve = [{name: value for name, value in start.items() if not math.isnan(value)}, *result.history]
     jsonl.write(ledger / "history.jsonl", curve)
     page = context.out / "page.html"
     counts = {side: dict(kept.counts) for side, kept in ledgers.items()}
@@ -104,6 +106,7 @@ def describe(
             "base_eval_loss": result.base_loss,
             "tokens_per_second": result.history[-1]["tokens_per_second"],
             "trainable_fraction": card.trainable_weights / card.total_weights,
+            **result.retention(),
         },
         summary=_summary(result, ledgers, card)
         | {"self_check": dict(checked), "findings": [asdict(one) for one in found], "mlflow_run": run_id},

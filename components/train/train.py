@@ -15,7 +15,7 @@ from components.shared import causal, drift, jsonl, sources, tracking
 from components.shared.errors import StageStopped
 from components.shared.modelcard import BaseModelRef
 from components.shared.stage import Artifact, Context, Result
-from components.train import checkpoint, job, keeping, saving, selfcheck
+from components.train import checkpoint, holding, job, keeping, retention, saving, selfcheck
 from components.train.adapters.applying import apply_adapter, weight_counts
 from components.train.config import TrainConfig
 from components.train.data import Ledger, fit_lengths
@@ -24,6 +24,7 @@ from components.train.objectives.base import Objective
 from components.train.objectives.opening import open_objective
 from components.train.ranks import ALONE, Ranks
 from components.train.trainjob import ASKED, Nodes
+from components.train.update import autocast
 
 log = logging.getLogger("tuneyard.train")
 
@@ -164,6 +165,9 @@ def train_here(
     )
     precision = causal.preferred_precision(config.precision)
     checked = selfcheck.check(objective, encoded["train"], rows["train"], precision)
+    if config.retain:
+        retained = retention.encode(objective, retention.read(config, context.store), config)
+        holding.hold(objective, retained, config, partial(autocast, precision))
     facts = {"trainable_weights": moving, "total_weights": total, "base_fingerprint": base.fingerprint}
     run_id = ""
     if ranks.writes:
@@ -176,6 +180,7 @@ def train_here(
     if not ranks.writes:
         return Result(kinds={})
     card = saving.card(objective, config, base, (moving, total), run_id)
+    card = card.model_copy(update={"retention": result.retention()})
     card = card.model_copy(update={"reference": drift.of_training(encoded["train"], rows["train"])})
     saving.save(objective, config, card, context.out / "model")
     return saving.describe(result, ledgers, card, context, run_id, checked)

@@ -6,6 +6,7 @@ import contextlib
 import math
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 from components.shared import causal, clock, interrupts
@@ -106,7 +107,7 @@ def gradients(
     one batch however the terms are spread over them, and over processes.
 
     Returns:
-        loss (nats), and of the gradient before clipping what measures.clip says.
+        loss (nats), the figures of penalties, and of the gradient before clipping what measures.clip says.
 
     Raises:
         TuneyardError: the loss is not finite.
@@ -115,7 +116,8 @@ def gradients(
     loss = 0.0
     for weight in checkpoint.trainable(objective.model).values():
         weight.grad = None  # of an update that was interrupted
-    for micro in dealt(batches, ranks, config, objective.packs):
+    micros = dealt(batches, ranks, config, objective.packs)
+    for micro in micros:
         with clock.arithmetic():
             with autocast(precision):
                 part = objective.summed_loss(micro, config.label_smoothing) / terms
@@ -127,11 +129,14 @@ def gradients(
             f"train: the loss is {loss} in {precision}",
             "lower train.learning_rate, or set train.precision: float32",
         )
+    besides: dict[str, float] = {}
+    for penalty in objective.penalties:
+        besides |= penalty(micros, terms, partial(autocast, precision), ranks)
     weights = checkpoint.trainable(objective.model)
     ranks.add_gradients(list(weights.values()))
     with clock.arithmetic():
         norms = measures.clip(weights, config.max_grad_norm)
-    return {"loss": loss, **norms}
+    return {"loss": loss, **besides, **norms}
 
 
 def step(optimizer: Any, rate: float) -> None:
