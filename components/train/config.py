@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 
 from components.shared import tasks
 from components.shared.settings import Settings
-from components.train.adapters.config import AdapterConfig
+from components.train.adapters.config import KINDS, AdapterConfig
 from components.train.objectives.config import ObjectiveConfig
 
 
@@ -17,6 +17,10 @@ class EarlyStopping(Settings):
 
     patience: int = Field(5, ge=1)
     min_delta: float = Field(0.001, ge=0)
+
+
+# Objectives that implement `outputs`: the base, without a new head, predicts the same.
+_PREDICTED = ("sft",)
 
 
 class Retain(Settings):
@@ -58,8 +62,8 @@ class TrainConfig(Settings):
             usual for the objective, lora for sft and full for classification.
         epochs: passes over train; not beside max_steps; 3 where neither is given.
         max_steps: optimizer updates; not beside epochs.
-        learning_rate: peak, reached after warm-up, or `auto`: found by a range test before the
-            first step (Smith 2017, arXiv:1506.01186); where none is given 2e-4 for lora, 2e-5 for full.
+        learning_rate: peak, reached after warm-up, or `auto`: found by a range test before the first step
+            (Smith 2017, arXiv:1506.01186); where none is given the adapter's usual one, see its config.py.
         min_learning_rate: where the cosine ends.
         warmup_fraction: of all steps, 0-1.
         per_device_batch_size: examples in one forward pass.
@@ -119,13 +123,28 @@ class TrainConfig(Settings):
         """The retention set."""
         return [self.retain.source] if self.retain else []
 
+    @property
+    def peak_rate(self) -> float:
+        """The learning rate as a number; a fit whose settings say `auto` puts what it found in its place."""
+        assert self.learning_rate != "auto"
+        return self.learning_rate
+
     @model_validator(mode="after")
     def _base_predicts(self) -> TrainConfig:
-        task = tasks.OBJECTIVES[self.objective.kind].task
-        if self.retain and self.retain.distil_from_base and task != "causal-lm":
+        if self.retain and self.retain.distil_from_base and self.objective.kind not in _PREDICTED:
             raise ValueError(
                 f"retain.distil_from_base ({self.retain.distil_from_base:g}) needs a base that predicts what "
-                f"is trained; a {task} model gets a new head: use retain.replay or retain.ewc"
+                f"{self.objective.kind} trains (it goes with {', '.join(_PREDICTED)}): use retain.replay or "
+                "retain.ewc"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _rate_known(self) -> TrainConfig:
+        if self.learning_rate == "auto" and self.objective.kind == "multi-task":
+            raise ValueError(
+                "learning_rate: auto cannot go with multi-task, whose weights of tasks have a rate of their "
+                "own beside it: set a number"
             )
         return self
 
@@ -145,10 +164,28 @@ class TrainConfig(Settings):
         if filled.get("learning_rate") is None:
             adapter = filled["adapter"]
             kind = adapter.get("kind") if isinstance(adapter, dict) else getattr(adapter, "kind", None)
-            filled["learning_rate"] = 2e-5 if kind == "full" else 2e-4
+            filled["learning_rate"] = KINDS[kind if kind in KINDS else "full"].usual_rate
         if filled.get("epochs") is None and filled.get("max_steps") is None:
             filled["epochs"] = 3.0
         return filled
+
+    @model_validator(mode="after")
+    def _keys_kept(self) -> TrainConfig:
+        if self.gradient_checkpointing and self.adapter.kind in ("prefix", "p_tuning_v2"):
+            raise ValueError(
+                f"gradient_checkpointing cannot go with adapter {self.adapter.kind}: a layer that is "
+                "computed again is given no keys from outside; drop one"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _smoothing(self) -> TrainConfig:
+        if self.label_smoothing and not tasks.OBJECTIVES[self.objective.kind].smooths:
+            raise ValueError(
+                f"label_smoothing ({self.label_smoothing:g}) means nothing to {self.objective.kind}, "
+                "which has no labels; drop it"
+            )
+        return self
 
     @model_validator(mode="after")
     def _length_of_run(self) -> TrainConfig:

@@ -17,15 +17,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from components.shared import causal, clock
+from components.shared import causal
 from components.shared.errors import TuneyardError
 from components.shared.progress import Progress
 from components.train import checkpoint
+from components.train.adapters import unfreezing
 from components.train.config import TrainConfig
-from components.train.data import dealt
 from components.train.objectives.base import Objective
 from components.train.ranks import ALONE, Ranks
-from components.train.update import autocast, gradients, make_optimizer, step
+from components.train.update import gradients, make_optimizer, step
 
 log = logging.getLogger("tuneyard.train")
 
@@ -78,6 +78,7 @@ def settle(
     if known is not None:
         return Found(known["rate"], tuple(known["curve"]))
     with _untouched(objective.model):
+        unfreezing.thaw(objective.model, config.adapter, len(updates) - 1, len(updates))
         curve = range_test(objective, updates, config, precision, ranks)
     found = Found(pick(curve), tuple(curve))
     log.info("train: learning rate %.2g, by a range test of %d steps", found.rate, len(curve))
@@ -99,8 +100,8 @@ def range_test(
     """Train for some tens of steps with a growing rate; the weights are changed. See `settle`."""
     steps = round(math.log10(_HIGHEST / _LOWEST) * _PER_DECADE) + 1
     given = [updates[n % len(updates)] for n in range(steps)]
-    # Of each batch before any step, in inference: a third of a step more, and the noise of batches is gone.
-    base = [_loss(objective, update, config, precision, ranks) for update in given[: len(updates)]]
+    # Of each batch before any step: the test takes twice as long, and the noise of batches is gone.
+    base = [gradients(objective, u, config, precision, ranks)["loss"] for u in given[: len(updates)]]
     optimizer = make_optimizer(objective.model, config)
     curve: list[dict[str, float]] = []
     progress = Progress("learning rate", steps, "steps")
@@ -118,23 +119,6 @@ def range_test(
         step(optimizer, rate)
         progress.advance(rate=f"{rate:.1e}", loss=f"{loss:.3f}")
     return curve
-
-
-def _loss(
-    objective: Objective,
-    update: Sequence[Sequence[Any]],
-    config: TrainConfig,
-    precision: causal.Precision,
-    ranks: Ranks,
-) -> float:
-    """What `gradients` says the loss of an update is, without a gradient."""
-    import torch
-
-    total, terms = 0.0, sum(objective.terms(e) for micro in update for e in micro)
-    with clock.arithmetic(), torch.inference_mode(), autocast(precision):
-        for micro in dealt(update, ranks, config, objective.packs):
-            total += float(objective.summed_loss(micro, config.label_smoothing))
-    return ranks.sum(total) / terms
 
 
 def pick(curve: Sequence[dict[str, float]]) -> float:
@@ -160,12 +144,15 @@ def pick(curve: Sequence[dict[str, float]]) -> float:
 
 @contextmanager
 def _untouched(model: Any) -> Iterator[None]:
-    """Afterwards weights, buffers, gradients, mode and every random state are as before."""
+    """Afterwards weights, which of them move, buffers, gradients, mode and random states are as before."""
     import numpy
     import torch
 
     weights = checkpoint.copy_weights(model)
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    moving = {
+        name: (weight.requires_grad, weight.__dict__.copy()) for name, weight in model.named_parameters()
+    }
     drawn = random.getstate(), numpy.random.get_state()
     devices = [causal.device()] if causal.device().type == "cuda" else []
     training = model.training
@@ -178,6 +165,9 @@ def _untouched(model: Any) -> Iterator[None]:
         with torch.no_grad():
             for name, buffer in model.named_buffers():
                 buffer.copy_(buffers[name])
+        for name, weight in model.named_parameters():
+            weight.requires_grad_(moving[name][0])
+            weight.__dict__.update(moving[name][1])
         model.zero_grad(set_to_none=True)
         model.train(training)
         random.setstate(drawn[0])

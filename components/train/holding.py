@@ -51,6 +51,9 @@ class Ewc:
         weights = checkpoint.trainable(objective.model)
         self._base = {name: weight.detach().clone() for name, weight in weights.items()}
         self.fisher = {name: torch.zeros_like(weight) for name, weight in weights.items()}
+        waiting = [weight for weight in weights.values() if not weight.requires_grad]
+        for weight in waiting:
+            weight.requires_grad_(True)
         with calm(objective.model), clock.arithmetic():
             for example in kept:
                 objective.model.zero_grad(set_to_none=True)
@@ -63,11 +66,15 @@ class Ewc:
         terms = sum(map(objective.terms, kept))
         for fisher in self.fisher.values():
             fisher /= terms
+        for weight in waiting:
+            weight.requires_grad_(False)
 
     def add(self, weights: Mapping[str, Any]) -> float:
         """Add the gradient of the penalty to that of these weights; returns the penalty in nats."""
         penalty = 0.0
         for name, weight in weights.items():
+            if not weight.requires_grad:
+                continue  # it waits to be thawed
             away = weight.detach() - self._base[name]
             pull = self.fisher[name] * away
             penalty += float((pull * away).sum())

@@ -64,7 +64,8 @@ def clip(weights: Mapping[str, Any], largest: float) -> dict[str, float]:
     import torch
 
     having = {name: weight for name, weight in weights.items() if weight.grad is not None}
-    norms: dict[str, float] = dict.fromkeys(weights, 0.0)
+    # A weight that waits to be thawed is not among those that should move.
+    norms: dict[str, float] = {name: 0.0 for name, weight in weights.items() if weight.requires_grad}
     total = 0.0
     if having:
         found = torch.stack(torch._foreach_norm([weight.grad for weight in having.values()]))

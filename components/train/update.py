@@ -12,6 +12,7 @@ from typing import Any
 from components.shared import causal, clock, interrupts
 from components.shared.errors import TuneyardError
 from components.train import checkpoint, measures
+from components.train.adapters import unfreezing
 from components.train.config import TrainConfig
 from components.train.data import dealt
 from components.train.objectives.base import Objective
@@ -23,8 +24,7 @@ def learning_rate(step: int, steps: int, config: TrainConfig) -> float:
 
     The peak is reached on the last update of the warm-up (Loshchilov and Hutter 2017, arXiv:1608.03983).
     """
-    peak = config.learning_rate
-    assert peak != "auto"  # the fit has settled it
+    peak = config.peak_rate
     warmup = max(1, round(steps * config.warmup_fraction)) if config.warmup_fraction else 0
     if step < warmup:
         return peak * (step + 1) / warmup
@@ -34,16 +34,24 @@ def learning_rate(step: int, steps: int, config: TrainConfig) -> float:
 
 
 def make_optimizer(model: Any, config: TrainConfig) -> Any:
-    """AdamW (arXiv:1711.05101) with weight decay on matrices, none on biases and norms."""
+    """AdamW (arXiv:1711.05101) with weight decay on matrices, none on biases, norms and scales.
+
+    A group's `share` is what part of the learning rate its weights get: see the adapter's `layer_decay`.
+    """
     import torch
 
-    weights = list(checkpoint.trainable(model).values())
-    groups = [
-        {"params": [w for w in weights if w.ndim > 1], "weight_decay": config.weight_decay},
-        {"params": [w for w in weights if w.ndim <= 1], "weight_decay": 0.0},
+    shares = unfreezing.rate_shares(model, config.adapter)
+    groups: dict[tuple[bool, float], list[Any]] = {}
+    for name, weight in checkpoint.trainable(model).items():
+        # IA3's scales begin at one; decay would pull them to zero.
+        decays = weight.ndim > 1 and ".ia3_" not in name
+        groups.setdefault((decays, shares.get(name, 1.0)), []).append(weight)
+    settings = [
+        {"params": weights, "weight_decay": config.weight_decay if decays else 0.0, "share": share}
+        for (decays, share), weights in groups.items()
     ]
     # fused: one pass over the weights; the default makes one for each operation, six times as long on a CPU.
-    return torch.optim.AdamW([g for g in groups if g["params"]], fused=True)
+    return torch.optim.AdamW(settings, fused=True)
 
 
 def autocast(precision: causal.Precision) -> Any:
@@ -82,11 +90,13 @@ def timed_update(
         batches: [micro-batch] -> encoded examples.
     """
     ranks.seed(config.seed, number)
+    unfreezing.thaw(objective.model, config.adapter, number, total)
     began = time.monotonic()
     row = {"step": number + 1, "learning_rate": learning_rate(number, total, config)}
     row |= gradients(objective, batches, config, precision, ranks)
     tokens = sum(len(e) for micro in batches for e in micro)
-    weights = checkpoint.trainable(objective.model) if looked_at(number) else {}
+    moving = checkpoint.trainable(objective.model) if looked_at(number) else {}
+    weights = {name: weight for name, weight in moving.items() if weight.requires_grad}
     before = measures.sample(weights)
     with interrupts.held():
         step(optimizer, row["learning_rate"])
@@ -107,23 +117,17 @@ def gradients(
     one batch however the terms are spread over them, and over processes.
 
     Returns:
-        loss (nats), the figures of penalties, and of the gradient before clipping what measures.clip says.
+        The loss, the figures of penalties, of the gradient before clipping what measures.clip says, and the
+        objective's own notes.
 
     Raises:
         TuneyardError: the loss is not finite.
     """
     terms = sum(objective.terms(e) for micro in batches for e in micro)
-    loss = 0.0
     for weight in checkpoint.trainable(objective.model).values():
         weight.grad = None  # of an update that was interrupted
-    micros = dealt(batches, ranks, config, objective.packs)
-    for micro in micros:
-        with clock.arithmetic():
-            with autocast(precision):
-                part = objective.summed_loss(micro, config.label_smoothing) / terms
-            part.backward()
-            loss += float(part.detach())
-    loss = ranks.sum(loss)
+    micros, arithmetic = dealt(batches, ranks, config, objective.packs), partial(autocast, precision)
+    loss = ranks.sum(objective.gradient(micros, terms, config.label_smoothing, arithmetic, ranks))
     if not math.isfinite(loss):
         raise TuneyardError(
             f"train: the loss is {loss} in {precision}",
@@ -131,18 +135,18 @@ def gradients(
         )
     besides: dict[str, float] = {}
     for penalty in objective.penalties:
-        besides |= penalty(micros, terms, partial(autocast, precision), ranks)
+        besides |= penalty(micros, terms, arithmetic, ranks)
     weights = checkpoint.trainable(objective.model)
     ranks.add_gradients(list(weights.values()))
     with clock.arithmetic():
         norms = measures.clip(weights, config.max_grad_norm)
-    return {"loss": loss, **besides, **norms}
+    return {"loss": loss, **besides, **norms, **objective.notes()}
 
 
 def step(optimizer: Any, rate: float) -> None:
     """Move the weights by their gradients at a learning rate."""
     for group in optimizer.param_groups:
-        group["lr"] = rate
+        group["lr"] = rate * group["share"]
     with clock.arithmetic():
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)

@@ -17,6 +17,7 @@ from components.train.data import schedule_batches
 from components.train.finder import pick, settle
 from components.train.fit import fit
 from components.train.objectives.sft import Sft
+from components.train.update import gradients
 
 
 def config_for(**changes):
@@ -76,9 +77,8 @@ def test_the_noise_of_batches_is_not_in_the_curve(tiny_causal, tmp_path):
     found = settle(sft, updates_of(sft, encoded, config), config, "float32", tmp_path)
     # At rates that move nothing yet the losses of the batches differ, and their changes do not.
     assert max(abs(row["change"]) for row in found.curve[:8]) < 5e-3
-    losses = [
-        finder._loss(sft, u, config, "float32", finder.ALONE) for u in updates_of(sft, encoded, config)[:3]
-    ]
+    three = updates_of(sft, encoded, config)[:3]
+    losses = [gradients(sft, update, config, "float32")["loss"] for update in three]
     assert max(losses) - min(losses) > 5e-3
 
 

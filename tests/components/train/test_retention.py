@@ -190,7 +190,7 @@ def test_lines_that_cannot_be_used_are_named(tiny_causal, tmp_path):
 
 
 def test_a_classifier_has_no_base_that_predicts():
-    with pytest.raises(ValidationError, match="a classification model gets a new head"):
+    with pytest.raises(ValidationError, match="needs a base that predicts what classification trains"):
         config_for({"source": "x", "distil_from_base": 1.0}, objective="classification")
 
 
