@@ -39,10 +39,17 @@ METRICS: dict[str, tuple[str, ...]] = {
         "size_ratio",
         "retention_loss_increase",
     ),
-    "regression": ("mae", "rmse", "r2", "pearson", "spearman", *_COSTS),
-    "token-classification": ("entity_f1", "entity_precision", "entity_recall", "macro_entity_f1", *_COSTS),
-    "embedding": ("recall_at_1", "recall_at_10", "mrr", *_COSTS),
-    "multi-task": ("mean_score", "worst_score", *_COSTS),
+    "regression": ("mae", "rmse", "r2", "pearson", "spearman", *_COSTS, "retention_loss_increase"),
+    "token-classification": (
+        "entity_f1",
+        "entity_precision",
+        "entity_recall",
+        "macro_entity_f1",
+        *_COSTS,
+        "retention_loss_increase",
+    ),
+    "embedding": ("recall_at_1", "recall_at_10", "mrr", *_COSTS, "retention_loss_increase"),
+    "multi-task": ("mean_score", "worst_score", *_COSTS, "retention_loss_increase"),
 }
 
 

@@ -35,16 +35,7 @@ def chart(
         over: the column that runs across; its logarithm where it is the learning rate.
         logarithmic: whether upwards is the logarithm to base 10; then what is not above 0 is left out.
     """
-    scale = math.log10 if logarithmic else float
-    across = math.log10 if over == "learning_rate" else float
-    lines = {
-        n: [
-            (across(r[over]), scale(r[n]))
-            for r in history
-            if n in r and math.isfinite(r[n]) and (r[n] > 0 or not logarithmic)
-        ]
-        for n in names
-    }
+    lines = {name: _line(history, name, over, logarithmic) for name in names}
     points = [p for line in lines.values() for p in line]
     if not points:
         return ""
@@ -73,6 +64,16 @@ def chart(
         f"<text x='{_PAD}' y='{_HEIGHT - 4}' font-size='11'>{ends[0]}</text>"
         f"<text x='{_WIDTH - 90}' y='{_HEIGHT - 4}' font-size='11'>{ends[1]}</text>{drawn}</svg>"
     )
+
+
+def _line(
+    history: Sequence[Mapping[str, float]], name: str, over: str, logarithmic: bool
+) -> list[tuple[float, float]]:
+    """The points of a column."""
+    upwards = math.log10 if logarithmic else float
+    across = math.log10 if over == "learning_rate" else float
+    rows = [row for row in history if name in row and math.isfinite(row[name])]
+    return [(across(row[over]), upwards(row[name])) for row in rows if row[name] > 0 or not logarithmic]
 
 
 def groups(history: Sequence[Mapping[str, float]], prefix: str) -> list[str]:

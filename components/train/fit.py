@@ -15,11 +15,11 @@ from typing import Any
 from components.shared import causal, clock, interrupts
 from components.shared.errors import TuneyardError
 from components.shared.progress import Progress
-from components.train import checkpoint, finder, measures, retention
+from components.train import checkpoint, measures
 from components.train.config import TrainConfig
-from components.train.data import schedule_batches
 from components.train.diagnostics import Watch
 from components.train.objectives.base import Objective
+from components.train.plan import Plan, plan
 from components.train.ranks import ALONE, Ranks
 from components.train.update import autocast, make_optimizer, timed_update
 
@@ -49,18 +49,6 @@ class Fit:
     stopped_early: bool = False
     base_retention_loss: float = math.nan
     range_test: dict[str, Any] = field(default_factory=dict)
-
-    def retention(self) -> dict[str, float]:
-        """What became of the retention set at the best step; empty without one."""
-        if math.isnan(self.base_retention_loss) or not self.best_step:
-            return {}
-        now = self.history[self.best_step - 1]["retention_loss"]
-        increase = now - self.base_retention_loss
-        return {
-            "retention_loss": now,
-            "base_retention_loss": self.base_retention_loss,
-            "retention_loss_increase": increase,
-        }
 
 
 @dataclass
@@ -150,11 +138,9 @@ def eval_loss(
     precision: causal.Precision,
     ranks: Ranks = ALONE,
 ) -> float:
-    """Mean loss over the terms of these examples; NaN of none."""
+    """Mean loss over the terms of these examples."""
     import torch
 
-    if not encoded:
-        return math.nan
     objective.model.eval()
     batches = causal.by_length([len(e) for e in encoded], config.per_device_batch_size * config.max_length)
     with clock.arithmetic(), torch.inference_mode(), autocast(precision):
@@ -190,44 +176,61 @@ def fit(
     Raises:
         TuneyardError: the loss is not finite.
     """
-    steps = schedule_batches([len(e) for e in train], config, objective.packs)
-    updates = [[[train[i] for i in micro] for micro in update] for update in steps]
-    if objective.retained and config.retain:
-        updates = retention.replayed(updates, objective.retained.kept, config.retain.replay, config)
-    found = finder.settle(objective, updates, config, precision, folder, ranks)
-    if found.rate:
-        config = config.model_copy(update={"learning_rate": found.rate})
-    judge = partial(eval_loss, objective, evaluation, config, precision, ranks)
-    watched = objective.retained.judged if objective.retained else ()
-    judge_retained = partial(eval_loss, objective, watched, config, precision, ranks)
-    now = _begin(folder, objective.model, config, judge, judge_retained)
-    now.state.range_test = asdict(found) if found.rate else {}
-    every = config.eval_steps or max(1, math.ceil(len(steps) / 10))
-    looks = measures.looks(len(steps), every)
-    update = partial(
-        timed_update, objective, now.optimizer, len(steps), config, precision, ranks, now.note, looks
-    )
-    watch = Watch(now.state.history, now.state.base_loss)
-    progress = Progress("train", len(steps), "steps", done=now.done)
-
+    made = plan(objective, train, config, precision, folder, ranks)
+    judge = partial(_judge, objective, evaluation, made.config, precision, ranks)
+    now = _begin(folder, objective.model, made, judge)
     save = partial(_save, now, folder, config, ranks, saved)
     with _saved_when_interrupted(save):
-        while True:
-            if now.due(every, len(steps)):
-                if watched:
-                    now.state.history[-1]["retention_loss"] = judge_retained()
-                now.judge(config, judge())
-            if ranks.writes:
-                watch.see(now.state.history)
-            report(now.state.history, False)
-            if now.done == len(steps) or now.state.stopped_early:
-                break
-            if now.done % config.checkpoint_steps == 0:
-                save()
-            update(now.done, updates[now.done])
-            _show(progress, now.state, ranks)
+        _run(objective, now, made, precision, ranks, judge, report, save)
     report(now.state.history, True)
     return _finish(objective.model, now.best, now.state)
+
+
+def _run(
+    objective: Objective,
+    now: Ongoing,
+    made: Plan,
+    precision: causal.Precision,
+    ranks: Ranks,
+    judge: Callable[[], dict[str, float]],
+    report: Callable[[list[dict[str, float]], bool], None],
+    save: Callable[[], None],
+) -> None:
+    """Updates, and evaluations between them, to the end of the plan or of patience."""
+    config, steps = made.config, len(made.updates)
+    every = config.eval_steps or max(1, math.ceil(steps / 10))
+    looks = measures.looks(steps, every)
+    update = partial(timed_update, objective, now.optimizer, steps, config, precision, ranks, now.note, looks)
+    watch = Watch(now.state.history, now.state.base_loss)
+    progress = Progress("train", steps, "steps", done=now.done)
+    while True:
+        if now.due(every, steps):
+            losses = judge()
+            now.state.history[-1] |= {name: loss for name, loss in losses.items() if name != "eval_loss"}
+            now.judge(config, losses["eval_loss"])
+        if ranks.writes:
+            watch.see(now.state.history)
+        report(now.state.history, False)
+        if now.done == steps or now.state.stopped_early:
+            break
+        if now.done % config.checkpoint_steps == 0:
+            save()
+        update(now.done, made.updates[now.done])
+        _show(progress, now.state, ranks)
+
+
+def _judge(
+    objective: Objective,
+    evaluation: Sequence[Any],
+    config: TrainConfig,
+    precision: causal.Precision,
+    ranks: Ranks,
+) -> dict[str, float]:
+    """`eval_loss`, and `retention_loss` where there is a retention set."""
+    sides = {"eval_loss": evaluation}
+    if objective.retained:
+        sides["retention_loss"] = objective.retained.judged
+    return {name: eval_loss(objective, side, config, precision, ranks) for name, side in sides.items()}
 
 
 def _save(
@@ -271,22 +274,18 @@ def _show(progress: Progress, state: Fit, ranks: Ranks) -> None:
     progress.advance(loss=f"{row['loss']:.3f}", eval=evaluated, speed=speed)
 
 
-def _begin(
-    folder: Path,
-    model: Any,
-    config: TrainConfig,
-    judge: Callable[[], float],
-    judge_retained: Callable[[], float],
-) -> Ongoing:
+def _begin(folder: Path, model: Any, made: Plan, judge: Callable[[], dict[str, float]]) -> Ongoing:
     """The start, or where the newest whole checkpoint leaves off."""
     import torch
 
-    torch.manual_seed(config.seed)
-    optimizer = make_optimizer(model, config)
+    torch.manual_seed(made.config.seed)
+    optimizer = make_optimizer(model, made.config)
     model.train()
     found = checkpoint.newest(folder)
     if found is None:
-        state = Fit(base_loss=judge(), base_retention_loss=judge_retained())
+        losses = judge()
+        state = Fit(base_loss=losses["eval_loss"], range_test=made.range_test)
+        state.base_retention_loss = losses.get("retention_loss", math.nan)
         return Ongoing(model, optimizer, state, {}, checkpoint.random_state(), saved=0)
     best = checkpoint.load(found[0], model, optimizer)
     log.info("train: resuming after step %d", found[1]["step"])

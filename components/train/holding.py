@@ -12,11 +12,12 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 from components.shared import clock
+from components.shared.store import Store
 from components.train import checkpoint
 from components.train.config import TrainConfig
 from components.train.objectives.base import Objective
 from components.train.ranks import Ranks
-from components.train.retention import Retained
+from components.train.retention import Retained, encode, read
 
 log = logging.getLogger("tuneyard.train")
 
@@ -180,6 +181,17 @@ class Distillation:
                 (self._weight * apart).backward()
                 total += float(apart.detach())
         return {"base_divergence": ranks.sum(total)}
+
+
+def begin(objective: Objective, config: TrainConfig, store: Store, arithmetic: Callable[[], Any]) -> None:
+    """Read the retention set, where settings name one, and `hold` the objective to it.
+
+    Raises:
+        StageStopped: too few of its rows fit.
+        TuneyardError: it is not there, or has unusable lines.
+    """
+    if config.retain:
+        hold(objective, encode(objective, read(config, store), config), config, arithmetic)
 
 
 def hold(

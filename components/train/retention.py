@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -107,6 +108,24 @@ def encode(objective: Objective, rows: Sequence[dict[str, Any]], config: TrainCo
             "give train.retain.source more examples that fit, see train.max_length",
         )
     return Retained(*sides)
+
+
+def figures(history: Sequence[Mapping[str, float]], best_step: int, base_loss: float) -> dict[str, float]:
+    """What became of the retention set.
+
+    Args:
+        history: of fit.Fit.
+        best_step: the one whose weights are kept.
+        base_loss: on the set before the first step; NaN where there is no set.
+
+    Returns:
+        `retention_loss`, `base_retention_loss` and `retention_loss_increase`, in nats; empty without a set.
+    """
+    if math.isnan(base_loss) or not best_step:
+        return {}
+    now = history[best_step - 1]["retention_loss"]
+    increase = now - base_loss
+    return {"retention_loss": now, "base_retention_loss": base_loss, "retention_loss_increase": increase}
 
 
 def replayed(

@@ -137,7 +137,7 @@ def describe(
             "base_eval_loss": result.base_loss,
             "tokens_per_second": result.history[-1]["tokens_per_second"],
             "trainable_fraction": card.trainable_weights / card.total_weights,
-            **result.retention(),
+            **card.retention,
         },
         summary=_summary(result, ledgers, card)
         | {"self_check": dict(checked), "findings": [asdict(one) for one in found], "mlflow_run": run_id},

@@ -165,13 +165,9 @@ def train_here(
     )
     precision = causal.preferred_precision(config.precision)
     checked = selfcheck.check(objective, encoded["train"], rows["train"], precision)
-    if config.retain:
-        retained = retention.encode(objective, retention.read(config, context.store), config)
-        holding.hold(objective, retained, config, partial(autocast, precision))
+    holding.begin(objective, config, context.store, partial(autocast, precision))
     facts = {"trainable_weights": moving, "total_weights": total, "base_fingerprint": base.fingerprint}
-    run_id = ""
-    if ranks.writes:
-        run_id = _resumed_run(context) or _track(config, context, inputs, facts)
+    run_id = (_resumed_run(context) or _track(config, context, inputs, facts)) if ranks.writes else ""
     context.work.mkdir(parents=True, exist_ok=True)
     (context.work / "mlflow_run").write_text(run_id)
     log.info("train: %d examples, %d of %d weights move", len(encoded["train"]), moving, total)
@@ -180,8 +176,9 @@ def train_here(
     if not ranks.writes:
         return Result(kinds={})
     card = saving.card(objective, config, base, (moving, total), run_id)
-    card = card.model_copy(update={"retention": result.retention()})
-    card = card.model_copy(update={"reference": drift.of_training(encoded["train"], rows["train"])})
+    kept = retention.figures(result.history, result.best_step, result.base_retention_loss)
+    reference = drift.of_training(encoded["train"], rows["train"])
+    card = card.model_copy(update={"retention": kept, "reference": reference})
     saving.save(objective, config, card, context.out / "model")
     return saving.describe(result, ledgers, card, context, run_id, checked)
 

@@ -12,7 +12,10 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from components.shared.errors import TuneyardError
+from components.shared.modelcard import ModelCard
+from components.shared.stage import Artifact, Context
 from components.train import checkpoint, holding, retention
+from components.train import train as stage
 from components.train.adapters.applying import apply_adapter
 from components.train.config import TrainConfig
 from components.train.fit import fit
@@ -230,10 +233,39 @@ def test_a_model_forgets_and_less_so_when_it_is_held(knowing, tmp_path):
         holding.hold(sft, retention.Retained(encoded[:4], encoded[4:]), config, holding.nullcontext)
         train = [sft.encode(row) for row in new(12)]
         result = fit(sft, train, train[:4], config, "float32", tmp_path / way, lambda *_: None)
-        found = result.retention()
+        found = retention.figures(result.history, result.best_step, result.base_retention_loss)
         assert found["base_retention_loss"] < 0.5
         increase[way], learnt[way] = found["retention_loss_increase"], result.base_loss - result.best_loss
     assert increase["none"] > 1
     for way in ("replay", "ewc", "distil"):
         assert increase[way] < 0.5 * increase["none"], increase
         assert learnt[way] > 0.5 * learnt["none"], learnt
+
+
+def test_the_stage_measures_forgetting_and_the_card_tells_it(tiny_causal, tmp_path, monkeypatch):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    bare = ({name: row[name] for name in ("prompt", "completion")} for row in old(12))
+    source = write(tmp_path / "old.jsonl", bare)
+    config = config_for(
+        {"source": str(source), "judged_examples": 4, "replay": 0.2, "ewc": 1.0, "distil_from_base": 0.1},
+        max_steps=4,
+        base_model=str(tiny_causal),
+        learning_rate=1e-3,
+        adapter={"kind": "full"},
+    )
+    inputs = {}
+    for side, rows in (("train", new(12)), ("eval", new(4))):
+        (tmp_path / side).mkdir()
+        write(tmp_path / side / "examples.jsonl", rows)
+        inputs[side] = Artifact(SimpleNamespace(digest=side), tmp_path / side)
+    context = Context("run", "tiny", "train", "k" * 64, None, tmp_path / "out", tmp_path / "work")
+    context.out.mkdir()
+    result = stage.train(config, inputs, context)
+    rows = [json.loads(line) for line in (tmp_path / "out/ledger/history.jsonl").read_text().splitlines()]
+    judged = [row for row in rows if "retention_loss" in row]
+    assert [row["step"] for row in judged] == [0, 1, 2, 3, 4] and "ewc_penalty" in rows[-1]
+    best = judged[result.summary["best_step"]]["retention_loss"]
+    card = ModelCard.read(tmp_path / "out" / "model")
+    assert card.retention["retention_loss"] == best == result.metrics["retention_loss"]
+    assert card.retention["retention_loss_increase"] == best - judged[0]["retention_loss"]
+    assert "retention_loss" in result.page.read_text()
