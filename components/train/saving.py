@@ -153,6 +153,7 @@ def _summary(result: Fit, ledgers: Mapping[str, Ledger], card: ModelCard) -> dic
         "learning_rate": max(row["learning_rate"] for row in result.history),
         "examples": {side: dict(kept.counts) for side, kept in ledgers.items()},
         "tokens": {side: dict(kept.tokens) for side, kept in ledgers.items()},
+        "pieces": {side: kept.pieces for side, kept in ledgers.items() if kept.pieces},
         **{side: kept.parts for side, kept in ledgers.items() if kept.parts},
         "trainable_weights": card.trainable_weights,
         "total_weights": card.total_weights,
