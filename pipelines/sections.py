@@ -117,6 +117,8 @@ def _strange_metrics(
         if metric in _OF_COMPRESSION and task == "classification" and not _has(raw, "compress"):
             what = "compares the compressed model with the tuned one, and there is no compress section"
             yield ("evaluate", "gates", metric), what
+        elif metric == "retention_loss_increase" and not _section(raw, "train").get("retain"):
+            yield ("evaluate", "gates", metric), "needs train.retain: what must not be forgotten"
         elif metric in every and metric not in ours:
             what = f"no metric of a {task} model on {dataset_type} data; its metrics are {', '.join(ours)}"
             yield ("evaluate", "gates", metric), what

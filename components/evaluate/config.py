@@ -22,6 +22,7 @@ _OF_ANSWERS = (
     "latency_p95_ms",
     "tokens_per_second",
     "memory_gib",
+    "retention_loss_increase",
 )
 # What a gate may be set on, by the task of a model (ModelCard.task); where that does not decide, also by the
 # dataset type that judges it: see `metrics_of`.
@@ -37,6 +38,7 @@ METRICS: dict[str, tuple[str, ...]] = {
         "latency_p95_ms",
         "tokens_per_second",
         "memory_gib",
+        "retention_loss_increase",
     ),
     "seq2seq": _OF_ANSWERS,
     "masked-lm": (
@@ -46,6 +48,7 @@ METRICS: dict[str, tuple[str, ...]] = {
         "masked_accuracy",
         "tokens_per_second",
         "memory_gib",
+        "retention_loss_increase",
     ),
     "causal-lm by language-modeling": (
         "loss",
@@ -55,8 +58,15 @@ METRICS: dict[str, tuple[str, ...]] = {
         "perplexity_per_character",
         "tokens_per_second",
         "memory_gib",
+        "retention_loss_increase",
     ),
-    "reward": ("pair_accuracy", "pair_margin_nats", "texts_per_second", "memory_gib"),
+    "reward": (
+        "pair_accuracy",
+        "pair_margin_nats",
+        "texts_per_second",
+        "memory_gib",
+        "retention_loss_increase",
+    ),
     "classification": (
         "accuracy",
         "macro_f1",
@@ -68,11 +78,19 @@ METRICS: dict[str, tuple[str, ...]] = {
         "accuracy_drop_points",
         "throughput_ratio",
         "size_ratio",
+        "retention_loss_increase",
     ),
-    "regression": ("mae", "rmse", "r2", "pearson", "spearman", *_COSTS),
-    "token-classification": ("entity_f1", "entity_precision", "entity_recall", "macro_entity_f1", *_COSTS),
-    "embedding": ("recall_at_1", "recall_at_10", "mrr", *_COSTS),
-    "multi-task": ("mean_score", "worst_score", *_COSTS),
+    "regression": ("mae", "rmse", "r2", "pearson", "spearman", *_COSTS, "retention_loss_increase"),
+    "token-classification": (
+        "entity_f1",
+        "entity_precision",
+        "entity_recall",
+        "macro_entity_f1",
+        *_COSTS,
+        "retention_loss_increase",
+    ),
+    "embedding": ("recall_at_1", "recall_at_10", "mrr", *_COSTS, "retention_loss_increase"),
+    "multi-task": ("mean_score", "worst_score", *_COSTS, "retention_loss_increase"),
 }
 
 

@@ -59,6 +59,7 @@ def evaluate(config: EvaluateConfig, inputs: Mapping[str, Artifact], context: Co
     tests = read_tests(inputs)
     parts = keeping.gather(partial(task.take, config, tests, inputs, context), context)
     findings = task.judge(config, tests, inputs, context, parts)
+    findings.systems[findings.ships] |= _forgetting(card)
     verdict = gates.verdict(config.gates, findings.ships, findings.systems[findings.ships])
     document = {
         "task": card.task,
@@ -122,6 +123,11 @@ def task_of(inputs: Mapping[str, Artifact], config: EvaluateConfig) -> Any:
             return several
         case "reward", _:
             return reward_pairs
+
+
+def _forgetting(card: ModelCard) -> dict[str, float]:
+    """As the training measured it, on examples that no artifact holds; nothing without a retention set."""
+    return {name: value for name, value in card.retention.items() if name == "retention_loss_increase"}
 
 
 def read_tests(inputs: Mapping[str, Artifact]) -> list[dict[str, Any]]:

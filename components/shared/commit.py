@@ -24,7 +24,8 @@ def external_fingerprints(stage: str, config: Settings, store: Store) -> dict[st
     """Digests of what a stage reads besides its inputs, by URI."""
     repo_type = "dataset" if stage == "ingest" else "model"
     revision = getattr(config, "revision", None) or "main"
-    return {uri: sources.fingerprint(uri, store, repo_type, revision) for uri in config.external_uris()}
+    found = {uri: sources.fingerprint(uri, store, repo_type, revision) for uri in config.external_uris()}
+    return found | {uri: sources.fingerprint(uri, store, "dataset") for uri in config.external_datasets()}
 
 
 def stage_key(stage: str, config: Settings, inputs: Mapping[str, str], store: Store) -> str:

@@ -16,6 +16,10 @@ class Settings(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
 
+    def external_datasets(self) -> list[str]:
+        """URIs of data that the stage reads besides its inputs and `external_uris`."""
+        return []
+
     def external_uris(self) -> list[str]:
         """What the stage reads besides its input artifacts; their fingerprints enter its key."""
         return []

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -19,6 +19,38 @@ class EarlyStopping(Settings):
     min_delta: float = Field(0.001, ge=0)
 
 
+# Objectives that implement `outputs`: the base, without a new head, predicts the same.
+_PREDICTED = ("sft",)
+
+
+class Retain(Settings):
+    """A set of examples that the model must not forget, and how it is held to it.
+
+    The loss on some of them is judged beside eval. The three ways can be had together; with none of them
+    forgetting is only measured.
+
+    Args:
+        source: s3:// prefix, local folder or file: JSON lines with the fields of the objective's data.
+        judged_examples: how many are judged, at most half of them; they are never trained on.
+        replay: fraction (0-1) of the examples of all updates that come from the set; 0 for none. A hundredth
+            helps already.
+        ewc: strength of elastic weight consolidation (Kirkpatrick et al. 2017, arXiv:1612.00796, lambda of
+            equation 3), which holds weights that matter for the set near the base's; 0 for none. Its scale
+            depends on the model: compare `ewc_penalty`, in the curves, with the loss.
+        fisher_examples: how many examples tell which weights matter.
+        distil_from_base: weight of the mean divergence, in nats, of the model's predictions from the base's,
+            on all examples of an update (Li and Hoiem 2016, arXiv:1606.09282); 0 for none. It costs about
+            as much again as the update.
+    """
+
+    source: str
+    judged_examples: int = Field(32, ge=1)
+    replay: float = Field(0.0, ge=0, lt=1)
+    ewc: float = Field(0.0, ge=0, allow_inf_nan=False)
+    fisher_examples: int = Field(64, ge=1)
+    distil_from_base: float = Field(0.0, ge=0, allow_inf_nan=False)
+
+
 class TrainConfig(Settings):
     """How the model is fitted.
 
@@ -30,8 +62,8 @@ class TrainConfig(Settings):
             usual for the objective, lora for sft and full for classification.
         epochs: passes over train; not beside max_steps; 3 where neither is given.
         max_steps: optimizer updates; not beside epochs.
-        learning_rate: peak, reached after warm-up; where none is given the adapter's usual one, see
-            adapters/config.py.
+        learning_rate: peak, reached after warm-up, or `auto`: found by a range test before the first step
+            (Smith 2017, arXiv:1506.01186); where none is given the adapter's usual one, see its config.py.
         min_learning_rate: where the cosine ends.
         warmup_fraction: of all steps, 0-1.
         per_device_batch_size: examples in one forward pass.
@@ -47,6 +79,7 @@ class TrainConfig(Settings):
         max_over_length: largest fraction (0-1) of train that may be dropped or cut.
         precision: `auto` is bfloat16 where the processor computes in it, else float32.
         gradient_checkpointing: trade a third more arithmetic for activation memory.
+        retain: what must not be forgotten, see Retain; null for nothing.
         early_stopping: see EarlyStopping; null switches it off.
         eval_steps: optimizer updates between evaluations on eval; None: ten times in the run.
         checkpoint_steps: optimizer updates between checkpoints.
@@ -61,7 +94,7 @@ class TrainConfig(Settings):
     adapter: AdapterConfig
     epochs: float | None = Field(None, gt=0)
     max_steps: int | None = Field(None, ge=1)
-    learning_rate: float = Field(gt=0)
+    learning_rate: Annotated[float, Field(gt=0)] | Literal["auto"]
     min_learning_rate: float = Field(1e-6, ge=0)
     warmup_fraction: float = Field(0.1, ge=0, le=1)
     per_device_batch_size: int = Field(8, ge=1)
@@ -75,6 +108,7 @@ class TrainConfig(Settings):
     max_over_length: float = Field(0.05, ge=0, le=1)
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     gradient_checkpointing: bool = False
+    retain: Retain | None = None
     early_stopping: EarlyStopping | None = EarlyStopping()
     eval_steps: int | None = Field(None, ge=1)
     eval_examples: int = Field(64, ge=1)
@@ -85,6 +119,35 @@ class TrainConfig(Settings):
     def external_uris(self) -> list[str]:
         """The base model, and whatever else the objective reads."""
         return [self.base_model, *self.objective.external_uris()]
+
+    def external_datasets(self) -> list[str]:
+        """The retention set."""
+        return [self.retain.source] if self.retain else []
+
+    @property
+    def peak_rate(self) -> float:
+        """The learning rate as a number; a fit whose settings say `auto` puts what it found in its place."""
+        assert self.learning_rate != "auto"
+        return self.learning_rate
+
+    @model_validator(mode="after")
+    def _base_predicts(self) -> TrainConfig:
+        if self.retain and self.retain.distil_from_base and self.objective.kind not in _PREDICTED:
+            raise ValueError(
+                f"retain.distil_from_base ({self.retain.distil_from_base:g}) needs a base that predicts what "
+                f"{self.objective.kind} trains (it goes with {', '.join(_PREDICTED)}): use retain.replay or "
+                "retain.ewc"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _rate_known(self) -> TrainConfig:
+        if self.learning_rate == "auto" and self.objective.kind == "multi-task":
+            raise ValueError(
+                "learning_rate: auto cannot go with multi-task, whose weights of tasks have a rate of their "
+                "own beside it: set a number"
+            )
+        return self
 
     @model_validator(mode="before")
     @classmethod

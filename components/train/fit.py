@@ -15,10 +15,11 @@ from typing import Any
 from components.shared import causal, clock, interrupts
 from components.shared.errors import TuneyardError
 from components.shared.progress import Progress
-from components.train import checkpoint
+from components.train import checkpoint, measures
 from components.train.config import TrainConfig
-from components.train.data import schedule_batches
+from components.train.diagnostics import Watch
 from components.train.objectives.base import Objective
+from components.train.plan import Plan, plan
 from components.train.ranks import ALONE, Ranks
 from components.train.update import autocast, make_optimizer, timed_update
 
@@ -36,6 +37,8 @@ class Fit:
         best_loss: the lowest loss on eval, after update `best_step`.
         stale: evaluations in a row that did not improve on it.
         stopped_early: whether that ended the fit.
+        base_retention_loss: loss on the retention set before the first update; NaN where there is none.
+        range_test: `rate` and `curve`, see finder.Found, where the learning rate was looked for.
     """
 
     history: list[dict[str, float]] = field(default_factory=list)
@@ -44,6 +47,8 @@ class Fit:
     best_step: int = 0
     stale: int = 0
     stopped_early: bool = False
+    base_retention_loss: float = math.nan
+    range_test: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass
@@ -80,7 +85,8 @@ class Ongoing:
         self.tokens += tokens
         self.seconds += seconds
         speed = self.tokens / self.seconds
-        self.state.history.append({**row, "time": time.time(), "tokens_per_second": speed})
+        of_step = {"step_tokens": tokens, "step_seconds": seconds}
+        self.state.history.append({**row, **of_step, "time": time.time(), "tokens_per_second": speed})
         self.random = checkpoint.random_state()
 
     def due(self, every: int, total: int) -> bool:
@@ -89,9 +95,9 @@ class Ongoing:
             return False
         return self.done % every == 0 or self.done == total
 
-    def judge(self, config: TrainConfig, loss: float, notes: Mapping[str, float]) -> None:
+    def judge(self, config: TrainConfig, eval_loss: float, **notes: float) -> None:
         """Take note of an evaluation, and of what it does to best weights and patience."""
-        row, state = self.state.history[-1], self.state
+        row, state, loss = self.state.history[-1], self.state, eval_loss
         if not math.isfinite(loss):
             raise TuneyardError(
                 f"train: the eval loss is {loss} after step {self.done}",
@@ -170,27 +176,60 @@ def fit(
     Raises:
         TuneyardError: the loss is not finite.
     """
-    steps = schedule_batches([len(e) for e in train], config, objective.packs)
-    judge = partial(eval_loss, objective, evaluation, config, precision, ranks)
-    now = _begin(folder, objective.model, config, judge)
-    update = partial(timed_update, objective, now.optimizer, len(steps), config, precision, ranks, now.note)
-    every = config.eval_steps or max(1, math.ceil(len(steps) / 10))
-    progress = Progress("train", len(steps), "steps", done=now.done)
-
+    made = plan(objective, train, config, precision, folder, ranks)
+    judge = partial(_judge, objective, evaluation, made.config, precision, ranks)
+    now = _begin(folder, objective.model, made, judge)
     save = partial(_save, now, folder, config, ranks, saved)
     with _saved_when_interrupted(save):
-        while True:
-            if now.due(every, len(steps)):
-                now.judge(config, judge(), objective.judged_notes())
-            report(now.state.history, False)
-            if now.done == len(steps) or now.state.stopped_early:
-                break
-            if now.done % config.checkpoint_steps == 0:
-                save()
-            update(now.done, [[train[i] for i in micro] for micro in steps[now.done]])
-            _show(progress, now.state, ranks)
+        _run(objective, now, made, precision, ranks, judge, report, save)
     report(now.state.history, True)
     return _finish(objective.model, now.best, now.state)
+
+
+def _run(
+    objective: Objective,
+    now: Ongoing,
+    made: Plan,
+    precision: causal.Precision,
+    ranks: Ranks,
+    judge: Callable[[], dict[str, float]],
+    report: Callable[[list[dict[str, float]], bool], None],
+    save: Callable[[], None],
+) -> None:
+    """Updates, and evaluations between them, to the end of the plan or of patience."""
+    config, steps = made.config, len(made.updates)
+    every = config.eval_steps or max(1, math.ceil(steps / 10))
+    looks = measures.looks(steps, every)
+    update = partial(timed_update, objective, now.optimizer, steps, config, precision, ranks, now.note, looks)
+    watch = Watch(now.state.history, now.state.base_loss)
+    progress = Progress("train", steps, "steps", done=now.done)
+    while True:
+        if now.due(every, steps):
+            now.judge(config, **judge())
+        if ranks.writes:
+            watch.see(now.state.history)
+        report(now.state.history, False)
+        if now.done == steps or now.state.stopped_early:
+            break
+        if now.done % config.checkpoint_steps == 0:
+            save()
+        update(now.done, made.updates[now.done])
+        _show(progress, now.state, ranks)
+
+
+def _judge(
+    objective: Objective,
+    evaluation: Sequence[Any],
+    config: TrainConfig,
+    precision: causal.Precision,
+    ranks: Ranks,
+) -> dict[str, float]:
+    """`eval_loss` with what the objective notes of it, and `retention_loss` where there is such a set."""
+    found = {"eval_loss": eval_loss(objective, evaluation, config, precision, ranks)}
+    found |= objective.judged_notes()
+    if objective.retained:
+        found["retention_loss"] = eval_loss(objective, objective.retained.judged, config, precision, ranks)
+    return found
 
 
 def _save(
@@ -234,16 +273,19 @@ def _show(progress: Progress, state: Fit, ranks: Ranks) -> None:
     progress.advance(loss=f"{row['loss']:.3f}", eval=evaluated, speed=speed)
 
 
-def _begin(folder: Path, model: Any, config: TrainConfig, judge: Callable[[], float]) -> Ongoing:
+def _begin(folder: Path, model: Any, made: Plan, judge: Callable[[], dict[str, float]]) -> Ongoing:
     """The start, or where the newest whole checkpoint leaves off."""
     import torch
 
-    torch.manual_seed(config.seed)
-    optimizer = make_optimizer(model, config)
+    torch.manual_seed(made.config.seed)
+    optimizer = make_optimizer(model, made.config)
     model.train()
     found = checkpoint.newest(folder)
     if found is None:
-        return Ongoing(model, optimizer, Fit(base_loss=judge()), {}, checkpoint.random_state(), saved=0)
+        losses = judge()
+        state = Fit(base_loss=losses["eval_loss"], range_test=made.range_test)
+        state.base_retention_loss = losses.get("retention_loss", math.nan)
+        return Ongoing(model, optimizer, state, {}, checkpoint.random_state(), saved=0)
     best = checkpoint.load(found[0], model, optimizer)
     log.info("train: resuming after step %d", found[1]["step"])
     state = Fit(**found[1]["state"])

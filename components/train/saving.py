@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,7 +14,7 @@ from components.shared import addons, families, jsonl, nf4, tracking
 from components.shared.errors import TuneyardError
 from components.shared.modelcard import BaseModelRef, ModelCard
 from components.shared.stage import Context, Result
-from components.train import checkpoint, curves
+from components.train import checkpoint, curves, diagnostics
 from components.train.adapters.applying import addon_of
 from components.train.adapters.config import QloraAdapter
 from components.train.config import TrainConfig
@@ -117,10 +119,13 @@ def describe(
     ledger = context.out / "ledger"
     for side, kept in ledgers.items():
         jsonl.write(ledger / f"{side}.jsonl", kept.rows)
-    curve = [{"step": 0, "eval_loss": result.base_loss}, *result.history]
+    start = {"step": 0, "eval_loss": result.base_loss, "retention_loss": result.base_retention_loss}
+    curve = [{name: value for name, value in start.items() if not math.isnan(value)}, *result.history]
     jsonl.write(ledger / "history.jsonl", curve)
     page = context.out / "page.html"
-    page.write_text(curves.page(curve, card, {s: dict(k.counts) for s, k in ledgers.items()}))
+    counts = {side: dict(kept.counts) for side, kept in ledgers.items()}
+    found = diagnostics.diagnose(result.history, result.base_loss)
+    page.write_text(curves.page(curve, card, counts, found, result.range_test))
     with contextlib.suppress(TuneyardError):
         tracking.log_artifact_text(run_id, "training.html", page.read_text())
     return Result(
@@ -132,8 +137,10 @@ def describe(
             "base_eval_loss": result.base_loss,
             "tokens_per_second": result.history[-1]["tokens_per_second"],
             "trainable_fraction": card.trainable_weights / card.total_weights,
+            **card.retention,
         },
-        summary=_summary(result, ledgers, card) | {"self_check": dict(checked), "mlflow_run": run_id},
+        summary=_summary(result, ledgers, card)
+        | {"self_check": dict(checked), "findings": [asdict(one) for one in found], "mlflow_run": run_id},
         page=page,
     )
 
@@ -143,6 +150,7 @@ def _summary(result: Fit, ledgers: Mapping[str, Ledger], card: ModelCard) -> dic
         "steps": len(result.history),
         "best_step": result.best_step,
         "stopped_early": result.stopped_early,
+        "learning_rate": max(row["learning_rate"] for row in result.history),
         "examples": {side: dict(kept.counts) for side, kept in ledgers.items()},
         "tokens": {side: dict(kept.tokens) for side, kept in ledgers.items()},
         "pieces": {side: kept.pieces for side, kept in ledgers.items() if kept.pieces},

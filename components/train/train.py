@@ -15,7 +15,7 @@ from components.shared import causal, drift, jsonl, sources, tracking
 from components.shared.errors import StageStopped
 from components.shared.modelcard import BaseModelRef, ModelCard
 from components.shared.stage import Artifact, Context, Result
-from components.train import checkpoint, job, keeping, saving, selfcheck
+from components.train import checkpoint, holding, job, keeping, retention, saving, selfcheck
 from components.train.adapters.applying import apply_adapter, weight_counts
 from components.train.config import TrainConfig
 from components.train.data import Ledger, fit_lengths, total_steps
@@ -190,10 +190,9 @@ def train_here(
     base = _reference(config.base_model, context, config.revision)
     objective.start()
     checked = selfcheck.check(objective, encoded["train"], rows["train"], precision)
+    holding.begin(objective, config, context.store, partial(autocast, precision))
     facts = {"trainable_weights": moving, "total_weights": total, "base_fingerprint": base.fingerprint}
-    run_id = ""
-    if ranks.writes:
-        run_id = _resumed_run(context) or _track(config, context, inputs, facts)
+    run_id = (_resumed_run(context) or _track(config, context, inputs, facts)) if ranks.writes else ""
     context.work.mkdir(parents=True, exist_ok=True)
     (context.work / "mlflow_run").write_text(run_id)
     log.info("train: %d examples, %d of %d weights move", len(encoded["train"]), moving, total)
@@ -202,7 +201,9 @@ def train_here(
     if not ranks.writes:
         return Result(kinds={})
     card = _card(objective, config, base, (moving, total), run_id, context)
-    card = card.model_copy(update={"reference": drift.of_training(encoded["train"], rows["train"])})
+    kept = retention.figures(result.history, result.best_step, result.base_retention_loss)
+    reference = drift.of_training(encoded["train"], rows["train"])
+    card = card.model_copy(update={"retention": kept, "reference": reference})
     saving.save(objective, config, card, context.out / "model")
     return saving.describe(result, ledgers, card, context, run_id, checked)
 

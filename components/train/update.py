@@ -11,7 +11,7 @@ from typing import Any
 
 from components.shared import causal, clock, interrupts
 from components.shared.errors import TuneyardError
-from components.train import checkpoint
+from components.train import checkpoint, measures
 from components.train.adapters import unfreezing
 from components.train.config import TrainConfig
 from components.train.data import dealt
@@ -24,7 +24,7 @@ def learning_rate(step: int, steps: int, config: TrainConfig) -> float:
 
     The peak is reached on the last update of the warm-up (Loshchilov and Hutter 2017, arXiv:1608.03983).
     """
-    peak = config.learning_rate
+    peak = config.peak_rate
     warmup = max(1, round(steps * config.warmup_fraction)) if config.warmup_fraction else 0
     if step < warmup:
         return peak * (step + 1) / warmup
@@ -51,7 +51,7 @@ def make_optimizer(model: Any, config: TrainConfig) -> Any:
         for (decays, share), weights in groups.items()
     ]
     # fused: one pass over the weights; the default makes one for each operation, six times as long on a CPU.
-    return torch.optim.AdamW(settings, lr=config.learning_rate, fused=True)
+    return torch.optim.AdamW(settings, fused=True)
 
 
 def autocast(precision: causal.Precision) -> Any:
@@ -71,6 +71,7 @@ def timed_update(
     precision: causal.Precision,
     ranks: Ranks,
     note: Callable[[dict[str, float], int, float], None],
+    looked_at: Callable[[int], bool],
     number: int,
     batches: Sequence[Sequence[Any]],
 ) -> None:
@@ -84,6 +85,7 @@ def timed_update(
         precision: to compute in.
         ranks: the processes.
         note: receives the row of the history, the tokens of the update, and its seconds.
+        looked_at: whether the row of an update has the figures of each group and of the machine.
         number: of the update.
         batches: [micro-batch] -> encoded examples.
     """
@@ -92,6 +94,9 @@ def timed_update(
     began = time.monotonic()
     rate = learning_rate(number, total, config)
     tokens = sum(objective.tokens(e) for micro in batches for e in micro)
+    moving = checkpoint.trainable(objective.model) if looked_at(number) else {}
+    weights = {name: weight for name, weight in moving.items() if weight.requires_grad}
+    before = measures.sample(weights)
     rows: list[dict[str, float]] = []
     with contextlib.ExitStack() as whole:
         for turn in objective.turns(batches, partial(autocast, precision)):
@@ -99,8 +104,10 @@ def timed_update(
             if len(rows) == 1:
                 whole.enter_context(interrupts.held())
             step(optimizer, rate)
-        means = {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]}
-        note({"step": number + 1, "learning_rate": rate, **means}, tokens, time.monotonic() - began)
+        row = {"step": number + 1, "learning_rate": rate}
+        row |= {name: sum(each[name] for each in rows) / len(rows) for name in rows[0]}
+        row = row | measures.moved(before, weights) | measures.machine() if weights else measures.plain(row)
+        note(row, tokens, time.monotonic() - began)
 
 
 def gradients(
@@ -116,13 +123,12 @@ def gradients(
     one batch however the terms are spread over them, and over processes.
 
     Returns:
-        loss (nats), grad_norm (before clipping) and the objective's own notes.
+        The loss, the figures of penalties, of the gradient before clipping what measures.clip says, and the
+        objective's own notes.
 
     Raises:
         TuneyardError: the loss is not finite.
     """
-    import torch
-
     terms = sum(objective.terms(e) for micro in batches for e in micro)
     for weight in checkpoint.trainable(objective.model).values():
         weight.grad = None  # of an update that was interrupted
@@ -133,11 +139,14 @@ def gradients(
             f"train: the loss is {loss} in {precision}",
             "lower train.learning_rate, or set train.precision: float32",
         )
-    weights = list(checkpoint.trainable(objective.model).values())
-    ranks.add_gradients(weights)
+    besides: dict[str, float] = {}
+    for penalty in objective.penalties:
+        besides |= penalty(micros, terms, arithmetic, ranks)
+    weights = checkpoint.trainable(objective.model)
+    ranks.add_gradients(list(weights.values()))
     with clock.arithmetic():
-        norm = float(torch.nn.utils.clip_grad_norm_(weights, config.max_grad_norm))
-    return {"loss": loss, "grad_norm": norm, **objective.notes()}
+        norms = measures.clip(weights, config.max_grad_norm)
+    return {"loss": loss, **besides, **norms, **objective.notes()}
 
 
 def step(optimizer: Any, rate: float) -> None:

@@ -170,7 +170,7 @@ def test_a_gate_is_on_what_the_pipeline_can_measure(tmp_path_factory, task, data
     path = tmp_path_factory.mktemp("gates") / "gates.yaml"
     path.write_text("\n".join(lines + ["compress:"] * compress))
     without = set() if compress else set(OF_COMPRESSION)
-    good = set(METRICS[task]) - without
+    good = set(METRICS[task]) - without - {"retention_loss_increase"}  # which needs train.retain
     expected = [f"line {lines.index(f'    {m}: {{max: 1}}') + 1}: evaluate.gates.{m}: " for m in gates]
     expected = [start for start, metric in zip(expected, gates, strict=True) if metric not in good]
     try:
@@ -191,6 +191,15 @@ def test_a_gate_on_compression_needs_the_stage_and_says_so_among_all_faults(tmp_
     assert register.startswith("line 10: register.compare_by: bleu is no metric of a classification model; ")
     assert register.endswith("choose from accuracy, macro_f1, auc") and "train.epochs" in epochs
     assert load(write(tmp_path, CLASSES + "compress:\nregister: {compare_by: auc}\n"))
+
+
+def test_a_gate_on_forgetting_needs_what_must_not_be_forgotten(tmp_path):
+    gate = "evaluate: {gates: {retention_loss_increase: {max: 0.1}}}"
+    text = "\n".join([CLASSES[: CLASSES.index("evaluate")], gate])
+    with pytest.raises(SpecError) as caught:
+        load(write(tmp_path, text))
+    assert "retention_loss_increase: needs train.retain" in caught.value.faults[0]
+    assert load(write(tmp_path, text), ["train.retain={source: s3://corpora/general, replay: 0.05}"])
 
 
 @pytest.mark.parametrize("objective", ["seq2seq", "masked-language-modeling"])

@@ -27,6 +27,9 @@ class Objective:
         own_weights: names of weights that the objective itself adds to the model; they move with any adapter.
         separable: whether the loss of a batch is the sum over its examples, each by itself.
         rounding: how many times further than a sum of token losses the loss moves by rounding.
+        retained: retention.Retained, where there is such a set.
+        penalties: what is minimised beside the loss, once an update: (micro-batches of this process, terms of
+            the update, arithmetic, ranks) -> figures for the history, after adding its gradient.
         plain_loss: the same as `summed_loss` by the book, slow and obvious; None where that is the same.
     """
 
@@ -38,6 +41,8 @@ class Objective:
     separable: bool = True
     rounding: float = 1.0
     plain_loss: Callable[[Sequence[Any], float], Any] | None = None
+    retained: Any = None
+    penalties: Sequence[Callable[..., dict[str, float]]] = ()
 
     @property
     def packs(self) -> bool:
@@ -66,6 +71,10 @@ class Objective:
 
     def summed_loss(self, batch: Sequence[Any], label_smoothing: float) -> Any:
         """Loss in nats, summed over the terms of a micro-batch; differentiable where gradients are on."""
+        raise NotImplementedError
+
+    def outputs(self, batch: Sequence[Any]) -> tuple[Any, Callable[[Any], Any]]:
+        """States [terms, width] of a micro-batch, and what makes logits of them with the weights of now."""
         raise NotImplementedError
 
     def gradient(

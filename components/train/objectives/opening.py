@@ -97,7 +97,7 @@ def _encoder(config: TrainConfig, rows: Sequence[Mapping[str, Any]], folder: Pat
             return Contrastive(folder, config.objective, config.dropout)
         case MultiTaskObjective():
             found = heads_of(rows, config.objective)
-            return MultiTask(folder, config.objective, found, config.learning_rate, config.dropout)
+            return MultiTask(folder, config.objective, found, config.peak_rate, config.dropout)
     raise AssertionError(f"no objective {config.objective.kind}")
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +63,21 @@ class Sft(Objective):
             reduction="sum",
             label_smoothing=label_smoothing,
         )
+
+    def outputs(self, batch: Sequence[Encoded]) -> tuple[Any, Callable[[Any], Any]]:
+        """See Objective."""
+        import torch
+
+        _, head, cap = causal.body_and_head(self.model)
+        states, _ = causal.answer_states(self.model, batch, self.tokenizer.pad_token_id)
+        # Detached, it stays what it is now when the weights of another model are put in its place.
+        weight = head.weight if torch.is_grad_enabled() else head.weight.detach()
+
+        def project(some: Any) -> Any:
+            logits = torch.nn.functional.linear(some.to(weight.dtype), weight).float()
+            return torch.tanh(logits / cap) * cap if cap else logits
+
+        return states, project
 
     def template_faults(self, rows: Sequence[Mapping[str, Any]]) -> list[str]:
         """See Objective."""
