@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from components.evaluate import baselines, retrieval, score_metrics, several, span_metrics, spans
+from components.evaluate.config import EvaluateConfig
+from components.evaluate.slices.share import Part
 from components.shared import tagging
 from components.shared.errors import TuneyardError
 from components.shared.heads import Head, Scale
+from components.shared.modelcard import BaseModelRef, ModelCard
 
 
 @given(st.lists(st.tuples(st.integers(-5, 5), st.integers(-5, 5)), min_size=3, max_size=30))
@@ -152,3 +157,46 @@ def test_a_task_or_label_that_the_model_does_not_know_is_an_error():
     with pytest.raises(TuneyardError) as raised:
         several.refuse_unknown(rows, HEADS)
     assert "task 'topic' (corpus.jsonl:4), mood '?' (corpus.jsonl:4); its tasks" in str(raised.value)
+
+
+def test_each_task_is_read_from_its_own_outputs(tmp_path, write_dataset):
+    """Outputs are [mood +, mood -, price]; the price would be read from a mood's as well."""
+    card = ModelCard(
+        task="multi-task",
+        layout="transformers",
+        base_model=BaseModelRef(uri="base", fingerprint="0"),
+        heads=HEADS,
+        max_length_tokens=8,
+        trainable_weights=1,
+        total_weights=1,
+    )
+    (tmp_path / "model").mkdir()
+    card.write(tmp_path / "model")
+    train = [
+        {"id": str(n), "task": task, "text": f"text {n}", "label": label}
+        for n, (task, label) in enumerate([("mood", "+"), ("mood", "-"), ("price", "15"), ("price", "25")])
+    ]
+    tests = [
+        {"id": "a", "task": "price", "text": "x", "label": "30"},
+        {"id": "b", "task": "mood", "text": "y", "label": "-"},
+        {"id": "c", "task": "price", "text": "z", "label": "10"},
+    ]
+    outputs = np.array([[9.0, 0.0, 2.0], [1.0, 3.0, 7.0], [8.0, 0.0, -2.0]])
+    part = Part(
+        {"tuned/outputs": outputs, "tuned/outputs:of": np.arange(3)},
+        {"cut": 0},
+        {"tuned": {"texts_per_second": 1.0}, "machine": {"threads": 1}},
+    )
+    inputs = {
+        "model": SimpleNamespace(path=tmp_path / "model"),
+        "train": write_dataset(tmp_path / "train", train),
+    }
+    findings = several.judge(EvaluateConfig(), tests, inputs, SimpleNamespace(store=None), [part])
+    assert [row["tuned"] for row in findings.answers] == ["30", "-", "10"]
+    assert [row["commonest"] for row in findings.answers] == ["20", "+", "20"]
+    by_task = {row["task"]: row for row in findings.systems["tuned"]["per_task"]}
+    assert by_task["price"]["mae"] == 0 and by_task["mood"]["accuracy"] == 1
+    assert findings.systems["tuned"]["mean_score"] == 1.0 and findings.facts["tasks"] == {
+        "judged": 2,
+        "of": 2,
+    }

@@ -119,8 +119,14 @@ def test_a_defect_fails_its_expectation_and_is_shown_with_its_rows(name, corpus)
     assert lines and lines <= set(changes)
 
 
-def test_the_same_label_may_stand_in_two_tasks(corpus):
-    rows = corpus("task-text", changes={n: {"task": "other", "label": "+-"[n % 2]} for n in range(1, 30)})
+def test_two_tasks_may_spell_a_label_in_two_ways(corpus):
+    spelled = {"one": ("Up", "Down"), "other": ("up", "down")}
+    changes = {
+        n: {"task": task, "label": spelled[task][n % 4 // 2]}
+        for n in range(1, 41)
+        for task in [("one", "other")[n % 2]]
+    }
+    rows = corpus("task-text", changes=changes)
     report = stage.report("task-text", rows, [], ACCOUNT)
     assert report["success"] and not unmet(report, "warn")
 
