@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 import torch
-from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, DynamicCache
 
 from components.evaluate import generation
 from components.shared import addons, causal, families, nf4, opening, sources
@@ -236,6 +236,16 @@ def test_answers_of_a_batch_are_those_of_one_prompt_at_a_time(made, tmp_path, na
                 states = body(input_ids=torch.tensor([ids]), use_cache=False)[0]
             ids.append(int(head(states[0, -1]).argmax()))
             assert ids[-1] == token
+    # To the digit, too: padded on the left, with positions and a cache given, as answers are made.
+    ids = torch.tensor([[0, 0, *prompts[3]]])
+    mask = (ids.cumsum(1) > 0).long()
+    with torch.inference_mode():
+        given = {"attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
+        cached = body(
+            input_ids=ids, **given, past_key_values=DynamicCache(config=model.config), use_cache=True
+        )
+        plain = body(input_ids=ids[:, 2:], use_cache=False)
+    torch.testing.assert_close(cached[0][:, 2:], plain[0], rtol=1e-4, atol=1e-5)
 
 
 def test_too_large_an_adapter_is_refused(made, monkeypatch):
