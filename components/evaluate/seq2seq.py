@@ -8,10 +8,10 @@ from typing import Any
 from components.evaluate import answers
 from components.evaluate.config import EvaluateConfig
 from components.evaluate.findings import Findings
-from components.evaluate.generation import Answer
 from components.evaluate.sitting import Kind
 from components.evaluate.slices.share import Part, Share
 from components.shared import seq2seq
+from components.shared.generation import Answer
 from components.shared.stage import Artifact, Context
 
 

@@ -9,8 +9,7 @@ import pytest
 import torch
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, DynamicCache
 
-from components.evaluate import generation
-from components.shared import addons, causal, families, nf4, opening, sources
+from components.shared import addons, causal, families, generation, nf4, opening, sources
 from components.shared.errors import TuneyardError
 from components.shared.modelcard import BaseModelRef, ModelCard
 from components.train import checkpoint, saving
