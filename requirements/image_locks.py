@@ -36,8 +36,9 @@ ALWAYS: dict[str, tuple[str, ...]] = {
     "gpu": ("kfp",),
     "serving": (),
 }
-# A training library. The server imports it for a bare adapter alone; what ships is merged by compress.
-NEVER: dict[str, tuple[str, ...]] = {"cpu": (), "gpu": (), "serving": ("peft",)}
+# A training library, which the server imports for a bare adapter alone (what ships is merged by compress), and MLflow,
+# for a base that is named as a registered model, which no whole model needs.
+NEVER: dict[str, tuple[str, ...]] = {"cpu": (), "gpu": (), "serving": ("peft", "mlflow", "sqlalchemy")}
 LINUX = {
     "implementation_name": "cpython",
     "os_name": "posix",
