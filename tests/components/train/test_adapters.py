@@ -139,6 +139,8 @@ def test_it_learns_and_moves_exactly_its_weights(made, tmp_path, task, name):
     moving, total = weight_counts(objective, config, steps)
     before = {n: w.detach().clone() for n, w in objective.model.named_parameters()}
     promised = set(checkpoint.trainable(objective.model))
+    if name in ("full", "progressive"):
+        assert promised == before.keys()
     assert moving == sum(before[n].numel() for n in promised) <= total
     state = fit(objective, encoded[:20], encoded[:20], config, "float32", tmp_path, lambda *_: None)
     # On what it was fitted to: whether two dozen texts generalise is not asked of a random model.
