@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from components.evaluate.config import METRICS
+from components.evaluate.config import METRICS, metrics_of
 from components.register.config import BETTER
 from components.shared import examples, tasks
 from components.train.adapters.config import KINDS as ADAPTERS
@@ -34,6 +34,7 @@ def misfits(raw: Mapping[str, Any]) -> Iterator[tuple[tuple[str, ...], str]]:
     yield from _beside_its_base(raw, kind if isinstance(kind, str) else "", trait)
     if trait is None:
         return
+    yield from _not_yet(raw, trait.task)
     given = ingest.get("format")
     if given in examples.REQUIRED and given not in trait.formats:
         objective = train["objective"]
@@ -42,7 +43,7 @@ def misfits(raw: Mapping[str, Any]) -> Iterator[tuple[tuple[str, ...], str]]:
             ("ingest", "format"),
             f"objective {name} needs {' or '.join(trait.formats)} data (it is {given!r})",
         )
-    yield from _strange_metrics(raw, trait.task)
+    yield from _strange_metrics(raw, trait.task, given if given in trait.formats else trait.formats[0])
 
 
 def _beside_its_base(
@@ -52,7 +53,9 @@ def _beside_its_base(
     adapter = ADAPTERS.get(kind)
     if adapter is None:
         return
-    if _has(raw, "deploy") and not adapter.beside and adapter.frozen and not _has(raw, "compress"):
+    served = trait is None or trait.task in tasks.SERVED
+    merges = adapter.frozen and not adapter.beside
+    if _has(raw, "deploy") and served and merges and not _has(raw, "compress"):
         # What the server would need to put an adapter on its base is a training library.
         yield (
             ("deploy",),
@@ -73,19 +76,31 @@ def _beside_its_base(
         yield ("train", "adapter"), f"{what}; choose {merged} or full"
 
 
-def _strange_metrics(raw: Mapping[str, Any], task: str) -> Iterator[tuple[tuple[str, ...], str]]:
+def _not_yet(raw: Mapping[str, Any], task: tasks.Task) -> Iterator[tuple[tuple[str, ...], str]]:
+    """Stages that cannot take a model of this task."""
+    if _has(raw, "compress") and task not in tasks.COMPRESSED:
+        yield ("compress",), f"there is no smaller form of {task} models; drop this section"
+    if _has(raw, "deploy") and task not in tasks.SERVED:
+        what = f"the model server does not serve {task} models; drop this section, and register it"
+        yield ("deploy",), what
+
+
+def _strange_metrics(
+    raw: Mapping[str, Any], task: str, dataset_type: str
+) -> Iterator[tuple[tuple[str, ...], str]]:
     """Gates and comparisons on metrics that an evaluation of this pipeline will not have."""
+    ours = metrics_of(task, dataset_type)
     every = {metric for metrics in METRICS.values() for metric in metrics}
     for metric in map(str, _section(_section(raw, "evaluate"), "gates")):
         if metric in _OF_COMPRESSION and task == "classification" and not _has(raw, "compress"):
             what = "compares the compressed model with the tuned one, and there is no compress section"
             yield ("evaluate", "gates", metric), what
-        elif metric in every and metric not in METRICS[task]:
-            what = f"no metric of a {task} model; its metrics are {', '.join(METRICS[task])}"
+        elif metric in every and metric not in ours:
+            what = f"no metric of a {task} model on {dataset_type} data; its metrics are {', '.join(ours)}"
             yield ("evaluate", "gates", metric), what
     compared = _section(raw, "register").get("compare_by")
-    if isinstance(compared, str) and compared in BETTER and compared not in METRICS[task]:
-        known = ", ".join(name for name in BETTER if name in METRICS[task])
+    if isinstance(compared, str) and compared in BETTER and compared not in ours:
+        known = ", ".join(name for name in BETTER if name in ours)
         yield ("register", "compare_by"), f"{compared} is no metric of a {task} model; choose from {known}"
 
 

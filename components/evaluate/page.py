@@ -16,17 +16,34 @@ _SHOWN_CLASSES = 30
 
 # Metric -> what a reader calls it, its format, and which way is better (0: neither).
 _METRICS: dict[str, tuple[str, str, int]] = {
-    "loss": ("Loss, nats per answer token", "{:.3f}", -1),
+    "loss": ("Loss, nats per token", "{:.3f}", -1),
     "loss_reduction": ("Loss below the base's", "{:.1%}", 1),
     "perplexity": ("Perplexity", "{:.2f}", -1),
+    "loss_per_character": ("Loss, nats per character", "{:.3f}", -1),
+    "perplexity_per_character": ("Perplexity per character", "{:.3f}", -1),
     "rouge_l": ("ROUGE-L", "{:.3f}", 1),
     "rouge_l_gain": ("ROUGE-L above the base's", "{:+.3f}", 1),
     "bleu": ("BLEU", "{:.3f}", 1),
+    "masked_accuracy": ("Hidden tokens named right", "{:.1%}", 1),
     "exact_match": ("Exact match", "{:.1%}", 1),
     "statute_citation_accuracy": ("Statute cited as in the reference", "{:.1%}", 1),
     "accuracy": ("Accuracy", "{:.2%}", 1),
     "macro_f1": ("Macro F1", "{:.3f}", 1),
     "auc": ("AUC, one against the rest", "{:.4f}", 1),
+    "mae": ("Mean absolute error", "{:,.4g}", -1),
+    "rmse": ("Root mean squared error", "{:,.4g}", -1),
+    "r2": ("R², variance explained", "{:.3f}", 1),
+    "pearson": ("Pearson's correlation", "{:.3f}", 1),
+    "spearman": ("Spearman's rank correlation", "{:.3f}", 1),
+    "entity_f1": ("F1 of whole entities", "{:.3f}", 1),
+    "entity_precision": ("Precision of whole entities", "{:.3f}", 1),
+    "entity_recall": ("Recall of whole entities", "{:.3f}", 1),
+    "macro_entity_f1": ("F1 of whole entities, mean over labels", "{:.3f}", 1),
+    "recall_at_1": ("Right text first", "{:.1%}", 1),
+    "recall_at_10": ("Right text among ten", "{:.1%}", 1),
+    "mrr": ("Mean reciprocal rank", "{:.3f}", 1),
+    "mean_score": ("Mean over tasks of macro F1 or Spearman", "{:.3f}", 1),
+    "worst_score": ("The worst task's", "{:.3f}", 1),
     "accuracy_drop_points": ("Accuracy lost by compression, points", "{:.2f}", -1),
     "throughput_ratio": ("Throughput, times that of PyTorch float32", "{:.2f}", 1),
     "size_ratio": ("Size on disk, of that in float32", "{:.1%}", -1),
@@ -37,7 +54,10 @@ _METRICS: dict[str, tuple[str, str, int]] = {
     "texts_per_second": ("Texts per second", "{:,.0f}", 1),
     "memory_gib": ("Peak memory, GiB", "{:.2f}", -1),
 }
-_ORDER = ("base", "tuned", "compressed", "tfidf_logreg")
+_ORDER = (
+    *("base", "tuned", "compressed", "tfidf_logreg"),
+    *("tfidf_ridge", "tfidf", "dictionary", "train_mean", "commonest"),
+)
 
 
 def render(document: Mapping[str, Any], findings: Findings) -> str:
@@ -49,8 +69,10 @@ def render(document: Mapping[str, Any], findings: Findings) -> str:
     """
     names = [name for name in _ORDER if name in findings.systems]
     shipped = findings.systems[findings.ships]
-    wrong = [row for row in findings.answers if row.get(findings.ships) != row["reference"]]
-    is_causal = document["task"] == "causal-lm"
+    wrong = [row for row in findings.answers if row.get(findings.ships) != row.get("reference")]
+    # Where an answer can be nearer or farther, the farthest are shown.
+    wrong.sort(key=lambda row: -row.get("off_by", 0))
+    is_causal = document["task"] in ("causal-lm", "seq2seq", "masked-lm")
     return pages.template(_TEMPLATE).render(
         document=document,
         systems=findings.systems,
@@ -58,13 +80,14 @@ def render(document: Mapping[str, Any], findings: Findings) -> str:
         ships=findings.ships,
         metrics=metric_rows(findings, names),
         gates=[{**gate, "title": _title(gate["metric"])} for gate in document["verdict"]["gates"]],
-        answers=findings.answers[:_SHOWN_ANSWERS] if is_causal else [],
+        answers=[row for row in findings.answers[:_SHOWN_ANSWERS] if "prompt" in row] if is_causal else [],
         answered=len(findings.answers),
         mistakes=[] if is_causal else wrong[:_SHOWN_MISTAKES],
         mistaken=len(wrong),
         is_causal=is_causal,
         classes=sorted(shipped.get("per_class", []), key=lambda row: -row["count"]),
         confusion=confusion_rows(shipped),
+        tasks=shipped.get("per_task", []),
         labels=[row["label"] for row in shipped.get("per_class", [])],
         shown_classes=_SHOWN_CLASSES,
     )

@@ -44,6 +44,7 @@ def card(
         trainable_weights=weights[0],
         total_weights=weights[1],
         mlflow_run=run_id,
+        **objective.card_facts(),
     )
 
 
@@ -69,6 +70,7 @@ def save(objective: Objective, config: TrainConfig, card: ModelCard, folder: Pat
         card: of the model.
         folder: to be made.
     """
+    objective.finish()
     model = objective.model
     if card.layout == "addon":
         addons.save(model, addon_of(config), checkpoint.trainable(model), folder)
@@ -143,6 +145,8 @@ def _summary(result: Fit, ledgers: Mapping[str, Ledger], card: ModelCard) -> dic
         "stopped_early": result.stopped_early,
         "examples": {side: dict(kept.counts) for side, kept in ledgers.items()},
         "tokens": {side: dict(kept.tokens) for side, kept in ledgers.items()},
+        "pieces": {side: kept.pieces for side, kept in ledgers.items() if kept.pieces},
+        **{side: kept.parts for side, kept in ledgers.items() if kept.parts},
         "trainable_weights": card.trainable_weights,
         "total_weights": card.total_weights,
     }

@@ -6,6 +6,7 @@ import contextlib
 import math
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 from components.shared import causal, clock, interrupts
@@ -110,7 +111,7 @@ def gradients(
     one batch however the terms are spread over them, and over processes.
 
     Returns:
-        loss (nats) and grad_norm (before clipping).
+        loss, grad_norm (before clipping) and the objective's own notes.
 
     Raises:
         TuneyardError: the loss is not finite.
@@ -118,16 +119,10 @@ def gradients(
     import torch
 
     terms = sum(objective.terms(e) for micro in batches for e in micro)
-    loss = 0.0
     for weight in checkpoint.trainable(objective.model).values():
         weight.grad = None  # of an update that was interrupted
-    for micro in dealt(batches, ranks, config, objective.packs):
-        with clock.arithmetic():
-            with autocast(precision):
-                part = objective.summed_loss(micro, config.label_smoothing) / terms
-            part.backward()
-            loss += float(part.detach())
-    loss = ranks.sum(loss)
+    micros, arithmetic = dealt(batches, ranks, config, objective.packs), partial(autocast, precision)
+    loss = ranks.sum(objective.gradient(micros, terms, config.label_smoothing, arithmetic, ranks))
     if not math.isfinite(loss):
         raise TuneyardError(
             f"train: the loss is {loss} in {precision}",
@@ -137,7 +132,7 @@ def gradients(
     ranks.add_gradients(weights)
     with clock.arithmetic():
         norm = float(torch.nn.utils.clip_grad_norm_(weights, config.max_grad_norm))
-    return {"loss": loss, "grad_norm": norm}
+    return {"loss": loss, "grad_norm": norm, **objective.notes()}
 
 
 def step(optimizer: Any, rate: float) -> None:

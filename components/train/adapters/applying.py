@@ -28,7 +28,15 @@ from components.train.objectives.base import Objective, stop_packing
 log = logging.getLogger("tuneyard.train")
 
 # What PEFT calls a task decides which head stays whole beside the adapter.
-_PEFT_TASKS = {"causal-lm": "CAUSAL_LM", "classification": "SEQ_CLS"}
+_PEFT_TASKS = {
+    "causal-lm": "CAUSAL_LM",
+    "seq2seq": "SEQ_2_SEQ_LM",
+    "classification": "SEQ_CLS",
+    "regression": "SEQ_CLS",
+    "multi-task": "SEQ_CLS",
+    "token-classification": "TOKEN_CLS",
+    "embedding": "FEATURE_EXTRACTION",
+}
 # Below this many weights a share says little: a tiny model's adapter is a large part of it.
 _TINY_WEIGHTS = 10_000_000
 
@@ -70,6 +78,9 @@ def _wrap(objective: Objective, config: TrainConfig) -> None:
         raise TuneyardError(
             f"adapter {adapter.kind}: {error}", f"set train.adapter.targets to some of {', '.join(known)}"
         ) from error
+    for name, weight in objective.model.named_parameters():
+        if name.endswith(objective.own_weights):
+            weight.requires_grad_(True)
     for weight in checkpoint.trainable(objective.model).values():
         weight.data = weight.data.float()
     fused.use(objective.model)
@@ -97,6 +108,8 @@ def _low_rank(adapter: LowRank, objective: Objective) -> Any:
         target_modules=adapter.targets,
         use_rslora=adapter.rslora,
         use_dora=adapter.dora,
+        # PEFT leaves a new head out by itself only where it labels whole texts.
+        exclude_modules=["classifier", "score"] if objective.task == "token-classification" else None,
         task_type=_PEFT_TASKS.get(objective.task),
     )
 
@@ -155,7 +168,7 @@ def _attach(objective: Objective, config: TrainConfig) -> None:
             )
     projection = adapter.projection if isinstance(adapter, PrefixAdapter) else 0
     moving = set(addons.attach(model, addon_of(config), projection))
-    moving |= set(_new_head(objective))
+    moving |= _heads(objective, adapter)
     for name, weight in model.named_parameters():
         weight.requires_grad_(name in moving or addons.own(name))
         if weight.requires_grad:
@@ -206,10 +219,12 @@ def weight_counts(objective: Objective, config: TrainConfig, steps: int) -> tupl
 
 
 def _heads(objective: Objective, adapter: Any) -> set[str]:
-    """Names of a new head's weights, which move whole beside any adapter."""
+    """Names of a new head's weights and the objective's own, which move whole beside any adapter."""
+    names = [name for name, _ in objective.model.named_parameters()]
+    own = {name for name in names if name.endswith(objective.own_weights)}
     if isinstance(adapter, LowRank | Ia3Adapter):
-        return {name for name, _ in objective.model.named_parameters() if ".modules_to_save." in name}
-    return set(_new_head(objective))
+        return own | {name for name in names if ".modules_to_save." in name}
+    return own | set(_new_head(objective))
 
 
 def _promised(name: str, adapter: Any) -> bool:

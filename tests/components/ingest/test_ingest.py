@@ -147,3 +147,118 @@ def test_an_unknown_format_says_which_are_known(run, tmp_path):
         run(tmp_path / "corpus.docx")
     with pytest.raises(TuneyardError, match="zst"):
         next(read(tmp_path / "corpus.docx"))
+
+
+CALL = {"id": "1", "type": "function", "function": {"name": "find", "arguments": '{"topic": "rent"}'}}
+TOOL = {"name": "find", "parameters": {"type": "object"}}
+
+
+def test_tools_their_calls_and_their_results_are_read_in_one_form(run, tmp_path):
+    talk = [
+        {"role": "user", "content": "Which statute?"},
+        {"role": "assistant", "content": None, "tool_calls": [CALL]},
+        {"role": "tool", "content": "722", "tool_call_id": "1", "name": None},
+        {"role": "assistant", "content": " Article 722. ", "tool_calls": None},
+    ]
+    source = tmp_path / "talk.jsonl"
+    rows = [{"messages": talk, "tools": [TOOL]}, {"messages": talk, "tools": json.dumps([TOOL])}]
+    source.write_text("\n".join(map(json.dumps, [*rows, {"messages": talk}])))
+    _, examples, quarantine = run(source, format="conversational", columns={})
+    assert not quarantine and "tools" not in examples[2]
+    assert examples[0]["tools"] == examples[1]["tools"] == [{"type": "function", "function": TOOL}]
+    assert examples[0]["id"] == examples[1]["id"] != examples[2]["id"]
+    function = {"name": "find", "arguments": {"topic": "rent"}}
+    assert examples[0]["messages"] == [
+        talk[0],
+        {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": function}]},
+        {"role": "tool", "content": "722", "tool_call_id": "1"},
+        {"role": "assistant", "content": "Article 722."},
+    ]
+
+
+@pytest.mark.parametrize(
+    ("change", "where"),
+    [
+        ({"role": "user", "content": "a", "tool_calls": [CALL]}, "messages[1].tool_calls"),
+        ({"role": "assistant", "tool_calls": [{"function": {"name": "find"}}]}, "messages[1].tool_calls[0]"),
+        ({"role": "assistant", "tool_calls": [{"function": "find"}]}, "messages[1].tool_calls[0]"),
+        ({"role": "assistant", "content": None}, "messages[1].content"),
+        ({"role": "judge", "content": "a"}, "messages[1]"),
+    ],
+)
+def test_a_call_that_cannot_be_one_is_named(run, tmp_path, change, where):
+    source = tmp_path / "talk.jsonl"
+    fine = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}
+    broken = {"messages": [fine["messages"][0], change]}
+    source.write_text("\n".join(map(json.dumps, [fine, broken, fine | {"tools": "none"}])))
+    _, examples, quarantine = run(source, format="conversational", columns={})
+    assert len(examples) == 1
+    assert [(row["line"], row["field"]) for row in quarantine] == [(2, where), (3, "tools")]
+
+
+@pytest.mark.parametrize(
+    ("form", "row", "example"),
+    [
+        ("scored-text", {"text": " a ", "score": "3.5"}, {"text": "a", "score": 3.5}),
+        (
+            "tagged-text",
+            {"text": "  Acme\u200b pays", "entities": [{"start": 2, "end": 6, "label": "FIRM"}]},
+            {"text": "Acme pays", "entities": [{"start": 0, "end": 4, "label": "FIRM"}]},
+        ),
+        (
+            "text-pair",
+            {"anchor": "a", "positive": "b", "negative": None},
+            {"anchor": "a", "positive": "b"},
+        ),
+        (
+            "task-text",
+            {"task": "price", "text": "a", "label": 3},
+            {"task": "price", "text": "a", "label": "3"},
+        ),
+    ],
+)
+def test_rows_of_encoders_become_examples(run, tmp_path, form, row, example):
+    source = tmp_path / "corpus.jsonl"
+    source.write_text(json.dumps(row))
+    _, (kept,), quarantine = run(source, format=form, columns={})
+    assert {name: kept[name] for name in example} == example and not quarantine
+    assert set(kept) - set(example) <= {"id", "origin", "original"}
+
+
+@pytest.mark.parametrize(
+    ("form", "row", "field", "reason"),
+    [
+        ("scored-text", {"text": "a", "score": "high"}, "score", "wrong_type"),
+        ("scored-text", {"text": "a", "score": True}, "score", "wrong_type"),
+        ("scored-text", {"text": "a", "score": "nan"}, "score", "wrong_type"),
+        (
+            "tagged-text",
+            {"text": "Acme", "entities": [{"start": 0, "end": 9, "label": "F"}]},
+            "entities[0]",
+            "bad_span",
+        ),
+        (
+            "tagged-text",
+            {
+                "text": "Acme pays",
+                "entities": [{"start": 0, "end": 4, "label": "F"}, {"start": 3, "end": 6, "label": "G"}],
+            },
+            "entities",
+            "bad_span",
+        ),
+        ("tagged-text", {"text": "Acme", "entities": "Acme"}, "entities", "wrong_type"),
+        ("text-pair", {"anchor": "a"}, "positive", "missing_field"),
+        ("task-text", {"task": "", "text": "a", "label": "b"}, "task", "empty_field"),
+    ],
+)
+def test_a_row_that_is_no_example_of_an_encoder_is_quarantined(run, tmp_path, form, row, field, reason):
+    good = {
+        "scored-text": {"text": "a", "score": 1},
+        "tagged-text": {"text": "a", "entities": []},
+        "text-pair": {"anchor": "a", "positive": "b"},
+        "task-text": {"task": "t", "text": "a", "label": "b"},
+    }[form]
+    source = tmp_path / "corpus.jsonl"
+    source.write_text(f"{json.dumps(good)}\n{json.dumps(row)}")
+    _, kept, (bad,) = run(source, format=form, columns={})
+    assert len(kept) == 1 and (bad["line"], bad["field"], bad["reason"]) == (2, field, reason)
