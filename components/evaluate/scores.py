@@ -35,7 +35,7 @@ def take(
     """
     folder, part = inputs["model"].path, Part({})
     texts = [row["text"] for row in tests]
-    opened = partial(predictions.torch_classifier, folder)
+    opened = partial(predictions.torch_classifier, folder, context.store)
     put("tuned", folder, opened, texts, ModelCard.read(folder), config, share, part)
     return part
 

@@ -44,7 +44,8 @@ def take(
     card = ModelCard.read(folder)
     refuse_unknown(tests, card.heads)
     texts = [heads.asked(row["task"], row["text"], card.task_in_text) for row in tests]
-    put("tuned", folder, partial(predictions.torch_classifier, folder), texts, card, config, share, part)
+    opened = partial(predictions.torch_classifier, folder, context.store)
+    put("tuned", folder, opened, texts, card, config, share, part)
     return part
 
 

@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from components.shared import causal, drift, jsonl, sources, tracking
+from components.shared import drift, jsonl, sources, tracking
 from components.shared.errors import StageStopped
 from components.shared.modelcard import BaseModelRef
 from components.shared.stage import Artifact, Context, Result
@@ -21,7 +21,7 @@ from components.train.config import TrainConfig
 from components.train.data import Ledger, fit_lengths, total_steps
 from components.train.fit import Fit, fit
 from components.train.objectives.base import Objective
-from components.train.objectives.opening import open_objective
+from components.train.objectives.opening import computed_in, open_objective
 from components.train.ranks import ALONE, Ranks
 from components.train.trainjob import ASKED, Nodes
 
@@ -92,7 +92,7 @@ def _fit_tracked(
     ended: Literal["FINISHED", "FAILED", "KILLED"] = "FAILED"
     try:
         with tracking.system_metrics(run_id):
-            precision = causal.preferred_precision(config.precision)
+            precision = computed_in(config)
             folder = context.work / "checkpoints"
             result = fitting(sides["train"], sides["eval"], config, precision, folder, report)
         tracking.log_metrics(run_id, {"eval_loss": result.base_loss})  # as step 0 of the curve
@@ -162,7 +162,7 @@ def train_here(
         fingerprint=sources.fingerprint(config.base_model, context.store, "model", config.revision),
         revision=config.revision,
     )
-    precision = causal.preferred_precision(config.precision)
+    precision = computed_in(config)
     checked = selfcheck.check(objective, encoded["train"], rows["train"], precision)
     facts = {"trainable_weights": moving, "total_weights": total, "base_fingerprint": base.fingerprint}
     run_id = ""
