@@ -198,7 +198,8 @@ class PromptAdapter(SoftPrompt):
     """Word vectors before those of the text (Lester et al. 2021, arXiv:2104.08691).
 
     Their gradient has come down through every layer: in bfloat16 two ways to add up the same one were 39%
-    apart on Gemma 3 270M (in float32 0.003%; keys and values in every layer 0.3%), so it is computed in float32.
+    apart on Gemma 3 270M (in float32 0.003%; of keys and values in every layer 0.3%), so it is computed in
+    float32.
     """
 
     exact: ClassVar[bool] = True
