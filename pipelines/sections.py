@@ -11,7 +11,7 @@ from components.shared import examples, tasks
 from components.train.adapters.config import KINDS as ADAPTERS
 
 # Tasks whose models evaluate opens with an adapter beside their base.
-_BESIDE = ("causal-lm", "classification")
+_BESIDE = ("causal-lm", "classification", "regression", "token-classification", "multi-task")
 # Each compares the compressed model with the tuned one.
 _OF_COMPRESSION = ("accuracy_drop_points", "throughput_ratio", "size_ratio")
 

@@ -36,8 +36,8 @@ ALWAYS: dict[str, tuple[str, ...]] = {
     "gpu": ("kfp",),
     "serving": (),
 }
-# A training library, which the server imports for a bare adapter alone (what ships is merged by compress), and
-# MLflow with its database, for a base that is named as a registered model, which no whole model needs.
+# A training library, which the server imports for a bare adapter alone (compress merges what ships), and
+# MLflow for a base that is named as a registered model.
 NEVER: dict[str, tuple[str, ...]] = {"cpu": (), "gpu": (), "serving": ("peft", "mlflow", "sqlalchemy")}
 LINUX = {
     "implementation_name": "cpython",

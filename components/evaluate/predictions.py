@@ -135,15 +135,16 @@ def torch_classifier(folder: Path, store: Store) -> Forward:
     return forward
 
 
-def torch_tagger(folder: Path, limit: int) -> Forward:
-    """The float32 token classifier of a folder: the index of the likeliest tag of each of `limit` tokens."""
+def torch_tagger(folder: Path, store: Store, limit: int) -> Forward:
+    """The float32 token classifier of a folder: the index of the likeliest tag of each of `limit` tokens.
+
+    `store` is where an adapter's base may be.
+    """
     import numpy as np
     import torch
     from transformers import AutoModelForTokenClassification
 
-    model = AutoModelForTokenClassification.from_pretrained(
-        folder, dtype=torch.float32, local_files_only=True, use_safetensors=True
-    ).eval()
+    model = opening.tuned(folder, store, AutoModelForTokenClassification)
 
     def forward(batch: dict[str, Any]) -> Any:
         with torch.inference_mode():

@@ -36,7 +36,7 @@ def take(
     """
     folder, part = inputs["model"].path, Part({})
     card, texts = ModelCard.read(folder), [row["text"] for row in tests]
-    opened = partial(predictions.torch_tagger, folder, card.max_length_tokens)
+    opened = partial(predictions.torch_tagger, folder, context.store, card.max_length_tokens)
     put("tuned", folder, opened, texts, card, config, share, part)
     return part
 

@@ -77,7 +77,8 @@ class TrainConfig(Settings):
             never cut), `split` it into pieces that lose nothing (language-modeling alone; usual there), or
             stop with an `error`. Each is counted with its origin.
         max_over_length: largest fraction (0-1) of train that may be dropped or cut.
-        precision: `auto` is bfloat16 where the processor computes in it, else float32.
+        precision: `auto` is bfloat16 where the processor computes in it and the adapter learns in it, else
+            float32.
         gradient_checkpointing: trade a third more arithmetic for activation memory.
         retain: what must not be forgotten, see Retain; null for nothing.
         early_stopping: see EarlyStopping; null switches it off.

@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from components.shared import causal, drift, jsonl, sources, tracking
+from components.shared import drift, jsonl, sources, tracking
 from components.shared.errors import StageStopped
 from components.shared.modelcard import BaseModelRef, ModelCard
 from components.shared.stage import Artifact, Context, Result
@@ -22,7 +22,7 @@ from components.train.data import Ledger, fit_lengths, total_steps
 from components.train.fit import Fit, fit
 from components.train.objectives.base import Objective
 from components.train.objectives.config import PpoObjective
-from components.train.objectives.opening import open_objective
+from components.train.objectives.opening import computed_in, open_objective
 from components.train.ranks import ALONE, Ranks
 from components.train.trainjob import ASKED, Nodes
 from components.train.update import autocast
@@ -183,7 +183,7 @@ def train_here(
     judged = sorted(objective.usable(rows["eval"]), key=lambda row: row["id"])
     rows["eval"] = judged[: config.eval_examples]
     encoded, ledgers = _encode(objective, rows, config)
-    precision = causal.preferred_precision(config.precision)
+    precision = computed_in(config)
     objective.prepare([*encoded["train"], *encoded["eval"]], partial(autocast, precision))
     _adapt(objective, config)
     moving, total = weight_counts(objective, config, total_steps(len(encoded["train"]), config))

@@ -17,12 +17,14 @@ class Adapter(Settings):
         most: largest share (0-1) of the weights that may move, but for a classifier's new head.
         beside: whether it stays beside its base, since it cannot be merged into the base's weights.
         frozen: whether the base's own weights stay as they are, and so may be held in 16 bits.
+        exact: whether `precision: auto` is float32 on any processor.
     """
 
     usual_rate: ClassVar[float]
     most: ClassVar[float] = 1.0
     beside: ClassVar[bool] = False
     frozen: ClassVar[bool] = True
+    exact: ClassVar[bool] = False
 
 
 class OwnWeights(Adapter):
@@ -193,8 +195,14 @@ class PrefixAdapter(SoftPrompt):
 
 
 class PromptAdapter(SoftPrompt):
-    """Word vectors before those of the text (Lester et al. 2021, arXiv:2104.08691)."""
+    """Word vectors before those of the text (Lester et al. 2021, arXiv:2104.08691).
 
+    Their gradient has come down through every layer: in bfloat16 two ways to add up the same one were 39%
+    apart on Gemma 3 270M (in float32 0.003%; of keys and values in every layer 0.3%), so it is computed in
+    float32.
+    """
+
+    exact: ClassVar[bool] = True
     usual_rate: ClassVar[float] = 3e-2
     kind: Literal["prompt"]
 

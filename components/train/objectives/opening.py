@@ -103,4 +103,10 @@ def _encoder(config: TrainConfig, rows: Sequence[Mapping[str, Any]], folder: Pat
 
 def held_in(config: TrainConfig) -> causal.Precision:
     """What the weights of a causal model are held in: those that move, and all with them, in float32."""
-    return causal.preferred_precision(config.precision) if config.adapter.frozen else "float32"
+    return computed_in(config) if config.adapter.frozen else "float32"
+
+
+def computed_in(config: TrainConfig) -> causal.Precision:
+    """What a training computes in."""
+    exact = config.adapter.exact and config.precision == "auto"
+    return "float32" if exact else causal.preferred_precision(config.precision)

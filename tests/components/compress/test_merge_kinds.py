@@ -60,6 +60,9 @@ def by_formula(name, base, adapter, module):
 
     if name == "ia3":
         scale = part("ia3_l")  # [out, 1] of keys and values, [1, in] of the feed-forward's last product
+        if scale is not None:
+            wanted = (1, base.shape[1]) if module.endswith("down_proj") else (base.shape[0], 1)
+            assert scale.shape == wanted
         return None if scale is None else base * scale
     if part("lora_A.weight") is None:
         return None

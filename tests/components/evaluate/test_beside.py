@@ -28,7 +28,7 @@ def trained(tmp_path, monkeypatch):
     def run(line, inputs, **settings):
         config = TrainConfig(
             base_model=str(line.root / "base"),
-            max_length=24 if "classification" in settings.values() else 96,
+            max_length=96 if settings["objective"] == "sft" else 24,
             max_steps=40,
             per_device_batch_size=6,
             precision="float32",
@@ -63,6 +63,28 @@ def test_a_classifier(class_line, class_inputs, context, trained, make_artifact,
     assert systems["tuned"]["accuracy"] > 0.6  # a third of the texts is of each class
     weights = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     assert weights < (class_line.root / "base" / "model.safetensors").stat().st_size
+
+
+def test_other_encoders(class_line, class_inputs, context, trained, make_artifact, tmp_path, write_dataset):
+    scores = {label: 10.0 * at for at, label in enumerate(sorted({r["label"] for r in class_line.train}))}
+    for objective, metric in (("regression", "rmse"), ("token-classification", "entity_f1")):
+        inputs = {}
+        for side in ("train", "test"):
+            rows = []
+            for row in getattr(class_line, side):
+                first = row["text"].split()[0]
+                spans = [{"start": 0, "end": len(first), "label": row["label"]}]
+                extra = {"score": scores[row["label"]]} if objective == "regression" else {"entities": spans}
+                rows.append({**{k: v for k, v in row.items() if k != "label"}, **extra})
+            inputs[side] = write_dataset(tmp_path / objective / side, rows)
+        _, folder = trained(class_line, inputs, objective=objective, adapter="houlsby", learning_rate=0.02)
+        assert ModelCard.read(folder).layout == "addon"
+        systems = judged(inputs, folder, context, make_artifact)
+        tuned = systems["tuned"][metric]
+        assert tuned < 0.7 * systems["train_mean"][metric] if metric == "rmse" else tuned > 0.5
+        shutil.rmtree(tmp_path / "training")
+        shutil.rmtree(context.out)
+        context.out.mkdir()
 
 
 @pytest.mark.parametrize("kind", ["pfeiffer", "p_tuning_v2"])

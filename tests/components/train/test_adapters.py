@@ -21,7 +21,7 @@ from components.train.data import schedule_batches
 from components.train.fit import fit
 from components.train.objectives.base import choose_attention
 from components.train.objectives.classification import Classification
-from components.train.objectives.opening import held_in
+from components.train.objectives.opening import computed_in, held_in
 from components.train.objectives.sft import Sft
 
 # Rates at which a random model of 40,000 weights learns in a few dozen updates; a real one wants far less.
@@ -138,6 +138,8 @@ def test_it_learns_and_moves_exactly_its_weights(made, tmp_path, task, name):
     moving, total = weight_counts(objective, config, steps)
     before = {n: w.detach().clone() for n, w in objective.model.named_parameters()}
     promised = set(checkpoint.trainable(objective.model))
+    if name in ("full", "progressive"):
+        assert promised == before.keys()
     assert moving == sum(before[n].numel() for n in promised) <= total
     state = fit(objective, encoded[:20], encoded[:20], config, "float32", tmp_path, lambda *_: None)
     # On what it was fitted to: whether two dozen texts generalise is not asked of a random model.
@@ -245,6 +247,17 @@ def test_answers_of_a_batch_are_those_of_one_prompt_at_a_time(made, tmp_path, na
         )
         plain = body(input_ids=ids[:, 2:], use_cache=False)
     torch.testing.assert_close(cached[0][:, 2:], plain[0], rtol=1e-4, atol=1e-5)
+
+
+def test_word_vectors_are_learned_in_float32_unless_the_file_says_otherwise(monkeypatch):
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+    for name, precision, expected in (
+        ("prompt", "auto", "float32"),
+        ("prompt", "bfloat16", "bfloat16"),
+        ("prefix", "auto", "bfloat16"),
+    ):
+        config = settings_for("sft", name, "tiny", precision=precision)
+        assert computed_in(config) == held_in(config) == expected
 
 
 def test_too_large_an_adapter_is_refused(made, monkeypatch):
