@@ -113,7 +113,7 @@ def test_trained_judged_and_better_than_the_plainest_baseline(
     card = ModelCard.read(model)
     stored = load_file(model / "model.safetensors")
     assert stored and not any("lora" in name or "log_variances" in name for name in stored)
-    assert metric == default_metric(card.task) and metric in BETTER
+    assert metric == default_metric(card.task, trained.metrics) and metric in BETTER
     inputs["model"] = Artifact(Manifest("model", describe(model)), model)
     context = Context("run", "tiny", "evaluate", "e" * 64, store, tmp_path / "judged", tmp_path / "work2")
     gates = {metric: {"max": 1e9} if BETTER[metric] == "lower" else {"min": 0.0}}

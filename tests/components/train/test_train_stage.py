@@ -135,6 +135,7 @@ def test_gradient_checkpointing_changes_no_gradient(tiny_causal, kind):
         )
         torch.manual_seed(0)
         objective = stage._open(config, [], SimpleNamespace(store=None))
+        stage._adapt(objective, config)
         objective.model.train()
         assert (
             any(getattr(m, "gradient_checkpointing", False) for m in objective.model.modules())
