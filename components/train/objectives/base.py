@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -16,7 +17,7 @@ from components.train.ranks import Ranks
 Arithmetic = Callable[[], AbstractContextManager[Any]]
 
 
-class Objective:
+class Objective(ABC):
     """An objective over one model: turns examples into encoded ones and micro-batches into a summed loss.
 
     Attributes:
@@ -53,29 +54,29 @@ class Objective:
         """The rows of eval that this objective can judge; what is left out is named in the log."""
         return list(rows)
 
+    @abstractmethod
     def encode(self, example: Mapping[str, Any]) -> Any:
         """Token ids (and target) of an example; its len() is its tokens."""
-        raise NotImplementedError
 
+    @abstractmethod
     def shorten(self, encoded: Any, max_length: int) -> Any | None:
         """A version that fits, cut where no answer is; None where that cannot be."""
-        raise NotImplementedError
 
     def pieces(self, encoded: Any, max_length: int) -> list[Any]:
-        """Pieces that fit and hold all of it, for the policy `split`; see Trait.splits."""
-        raise NotImplementedError
+        """Pieces that fit and hold all of it, for the policy `split`; only where Trait.splits says so."""
+        raise NotImplementedError(f"{type(self).__name__} has no pieces: set Trait.splits with this method")
 
+    @abstractmethod
     def terms(self, encoded: Any) -> int:
         """How many loss terms an example has: the loss of an update is their mean."""
-        raise NotImplementedError
 
+    @abstractmethod
     def summed_loss(self, batch: Sequence[Any], label_smoothing: float) -> Any:
         """Loss in nats, summed over the terms of a micro-batch; differentiable where gradients are on."""
-        raise NotImplementedError
 
     def outputs(self, batch: Sequence[Any]) -> tuple[Any, Callable[[Any], Any]]:
         """States [terms, width] of a micro-batch, and what makes logits of them with the weights of now."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} predicts no tokens for retain.distil_from_base")
 
     def gradient(
         self,

@@ -107,7 +107,7 @@ def test_domain_text_then_a_task(tiny_encoder, tmp_path, monkeypatch):
         objective="masked-language-modeling",
         base_model=str(tiny_encoder),
         max_length=64,
-        max_steps=40,
+        max_steps=60,
         learning_rate=5e-3,
         precision="float32",
     )
@@ -116,7 +116,7 @@ def test_domain_text_then_a_task(tiny_encoder, tmp_path, monkeypatch):
     assert result.summary["pieces"]["train"] >= 24
     folder = trained.out / "model"
     inputs["model"] = Artifact(Manifest("model", describe(folder)), folder)
-    judged = evaluate(EvaluateConfig(gates={"loss_reduction": {"min": 0.05}}), inputs, context("evaluation"))
+    judged = evaluate(EvaluateConfig(gates={"loss_reduction": {"min": 0.1}}), inputs, context("evaluation"))
     assert judged.stop == ""
     metrics = judged.summary["metrics"]
     assert metrics["tuned"]["masked_accuracy"] > metrics["base"]["masked_accuracy"]
