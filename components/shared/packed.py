@@ -149,5 +149,7 @@ def _blocked(tokens: int, window: int) -> Any:
     """[tokens, tokens], true where a token must not be seen: after the one that looks, or too far back."""
     import torch
 
-    ones = torch.ones(tokens, tokens, dtype=torch.bool)
-    return ones.triu(1) | ones.tril(-window)
+    # Kept for a training too, where a tensor made while evaluating could not be used.
+    with torch.inference_mode(False):
+        ones = torch.ones(tokens, tokens, dtype=torch.bool)
+        return ones.triu(1) | ones.tril(-window)
