@@ -33,6 +33,7 @@ def train(config: TrainConfig, folder: Path) -> dict[str, Any]:
     from components.train import train as stage
 
     os.environ["MLFLOW_TRACKING_URI"] = f"sqlite:///{folder}/mlflow.db"
+    os.environ["TUNEYARD_MLFLOW_ARTIFACTS"] = str(folder / "mlruns")
     inputs = {}
     for side in ("train", "eval"):
         (folder / side).mkdir()
