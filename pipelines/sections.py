@@ -8,7 +8,10 @@ from typing import Any
 from components.evaluate.config import METRICS
 from components.register.config import BETTER
 from components.shared import examples, tasks
+from components.train.adapters.config import KINDS as ADAPTERS
 
+# Tasks whose models evaluate opens with an adapter beside their base.
+_BESIDE = ("causal-lm", "classification")
 # Each compares the compressed model with the tuned one.
 _OF_COMPRESSION = ("accuracy_drop_points", "throughput_ratio", "size_ratio")
 
@@ -28,14 +31,10 @@ def misfits(raw: Mapping[str, Any]) -> Iterator[tuple[tuple[str, ...], str]]:
     usual = trait.adapter if trait else "full"
     adapter = train.get("adapter") or usual
     kind = adapter.get("kind", usual) if isinstance(adapter, dict) else adapter
-    if _has(raw, "deploy") and kind == "lora" and not _has(raw, "compress"):
-        # What the server would need to put an adapter on its base is a training library.
-        yield (
-            ("deploy",),
-            "needs a compress section, which merges the adapter: the model server takes whole models",
-        )
+    yield from _beside_its_base(raw, kind if isinstance(kind, str) else "", trait)
     if trait is None:
         return
+    yield from _not_yet(raw, trait.task)
     given = ingest.get("format")
     if given in examples.REQUIRED and given not in trait.formats:
         objective = train["objective"]
@@ -45,6 +44,45 @@ def misfits(raw: Mapping[str, Any]) -> Iterator[tuple[tuple[str, ...], str]]:
             f"objective {name} needs {' or '.join(trait.formats)} data (it is {given!r})",
         )
     yield from _strange_metrics(raw, trait.task)
+
+
+def _beside_its_base(
+    raw: Mapping[str, Any], kind: str, trait: tasks.Trait | None
+) -> Iterator[tuple[tuple[str, ...], str]]:
+    """What cannot be done with a model whose adapter is, or stays, beside its base."""
+    adapter = ADAPTERS.get(kind)
+    if adapter is None:
+        return
+    served = trait is None or trait.task in tasks.SERVED
+    merges = adapter.frozen and not adapter.beside
+    if _has(raw, "deploy") and served and merges and not _has(raw, "compress"):
+        # What the server would need to put an adapter on its base is a training library.
+        yield (
+            ("deploy",),
+            "needs a compress section, which merges the adapter: the model server takes whole models",
+        )
+    if not adapter.beside:
+        return
+    merged = ", ".join(name for name, other in ADAPTERS.items() if other.frozen and not other.beside)
+    for stage, what in (
+        ("compress", "there is nothing to merge or export"),
+        ("deploy", "the model server takes whole models"),
+    ):
+        if _has(raw, stage):
+            todo = f"drop this section, or choose an adapter that merges ({merged})"
+            yield (stage,), f"adapter {kind} stays beside its base, and {what}; {todo}"
+    if trait is not None and trait.task not in _BESIDE:
+        what = f"adapter {kind} stays beside its base, and evaluate opens such a {trait.task} model not yet"
+        yield ("train", "adapter"), f"{what}; choose {merged} or full"
+
+
+def _not_yet(raw: Mapping[str, Any], task: tasks.Task) -> Iterator[tuple[tuple[str, ...], str]]:
+    """Stages that cannot take a model of this task."""
+    if _has(raw, "compress") and task not in tasks.COMPRESSED:
+        yield ("compress",), f"there is no smaller form of {task} models; drop this section"
+    if _has(raw, "deploy") and task not in tasks.SERVED:
+        what = f"the model server does not serve {task} models; drop this section, and register it"
+        yield ("deploy",), what
 
 
 def _strange_metrics(raw: Mapping[str, Any], task: str) -> Iterator[tuple[tuple[str, ...], str]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, get_args, get_origin
 
 import yaml
 from pydantic import Field, ValidationError
@@ -226,11 +226,14 @@ def _line(at: tuple[str, ...], lines: Mapping[tuple[str, ...], int]) -> int:
 def _siblings(section: tuple[str, ...]) -> list[str]:
     """Names that a section may have, by pydantic's path to it."""
     options: list[Any] = [PipelineSpec]
-    for part in section:
+    parts = iter(section)
+    for part in parts:
         if len(options) > 1:  # an objective or adapter; this part is its kind
             options = [o for o in options if part in get_args(o.model_fields["kind"].annotation)]
             continue
         fields = {f.alias or n: f.annotation for o in options for n, f in o.model_fields.items()}
         found = fields.get(part)
+        if get_origin(found) is dict:
+            next(parts, None)  # whatever the file calls it
         options = [o for o in get_args(found) or (found,) if isinstance(o, type) and issubclass(o, Settings)]
     return sorted({f.alias or n for o in options for n, f in o.model_fields.items()})

@@ -69,7 +69,13 @@ def _encoder_metrics(found: EncoderProof) -> dict[str, float]:
 
 
 def _causal_metrics(found: Proof) -> dict[str, float]:
-    return {
+    quantised = found.trained_adapted
+    left = (
+        {"nf4_max_logit_difference": quantised.max_difference, "nf4_kl_nats": quantised.kl_nats}
+        if quantised
+        else {}
+    )
+    return left | {
         "max_logit_difference": found.exported_adapted.max_difference,
         "kl_nats": found.exported_adapted.kl_nats,
         "agreement": found.exported_adapted.agreement,

@@ -6,12 +6,13 @@ import json
 import logging
 import shutil
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from components.compress import probes, proof
 from components.compress.proof import Proof, Reference
-from components.shared import causal, chat
+from components.shared import causal, chat, nf4
 from components.shared.errors import TuneyardError
 from components.shared.modelcard import NAME, ModelCard
 from components.shared.store import Store
@@ -38,9 +39,21 @@ def tuned_tensors(keys: Iterable[str]) -> set[str]:
     names = set()
     for key in keys:
         name = key.removeprefix("base_model.model.")
-        module, lora, _ = name.partition(".lora_")
-        names.add(f"{module}.weight" if lora else name)
+        module, added, _ = name.replace(".ia3_", ".lora_").partition(".lora_")
+        names.add(f"{module}.weight" if added else name)
     return names
+
+
+def scaled_biases(adapted: Any) -> set[str]:
+    """Names of the base's biases that IA3 scales together with the weights beside them; zeros stay zeros."""
+    return {
+        f"{name.removeprefix('base_model.model.')}.bias"
+        for name, module in adapted.named_modules()
+        if hasattr(module, "ia3_l")
+        and not module.is_feedforward
+        and module.base_layer.bias is not None
+        and bool(module.base_layer.bias.any())
+    }
 
 
 def stored_dtype(folder: Path) -> Any:
@@ -119,9 +132,10 @@ def merge_adapter(folder: Path, target: Path, store: Store, bound: float) -> Pro
     sequences = probes.dialogues(tokenizer)
     base = causal.load_base(card, store, "float32")
     base_logits, base_digests = proof.logits(base, sequences), proof.digests(base)
+    trained = _as_trained(folder, card, store, sequences) if card.quantised else None
     adapted = PeftModel.from_pretrained(base, str(folder), local_files_only=True).eval()
     with safe_open(folder / _ADAPTER, "pt") as file:
-        tuned = tuned_tensors(file.keys())
+        tuned = tuned_tensors(file.keys()) | scaled_biases(adapted)
     reference = Reference(sequences, base_logits, proof.logits(adapted, sequences), base_digests, tuned)
     merged = _merged(adapted, folder)
     storage = settle_storage(merged, stored_dtype(card.base_model.folder(store)), reference, bound)
@@ -131,7 +145,18 @@ def merge_adapter(folder: Path, target: Path, store: Store, bound: float) -> Pro
     exported, _, _ = causal.load(target, store, "float32")
     found = proof.measure(exported, reference, written, storage)
     proof.insist(found, bound, str(folder))
-    return found
+    if trained is None:
+        return found
+    return replace(found, trained_adapted=proof.compare(trained, reference.adapted))
+
+
+def _as_trained(folder: Path, card: ModelCard, store: Store, sequences: list[list[int]]) -> list[Any]:
+    """Logits of the adapter on the quantised base that it was trained on."""
+    from peft import PeftModel
+
+    base = causal.load_base(card, store, "float32")
+    nf4.quantise(base)
+    return proof.logits(PeftModel.from_pretrained(base, str(folder), local_files_only=True).eval(), sequences)
 
 
 def _merged(adapted: Any, folder: Path) -> Any:

@@ -18,7 +18,7 @@ def causal_rows(found: Proof, config: CompressConfig) -> list[Row]:
     """Claim, measurement and bound of each part of a causal model's proof."""
     off, moved, export = found.exported_adapted, found.adapted_base, found.exported_base
     least = f"at least {proof.MIN_BASE_DIFFERENCE:g}"
-    return [
+    rows = [
         ("export equals the adapted model: largest logit difference", f"{off.max_difference:.3g}",
          f"at most {config.max_logit_difference:g}, and a tenth of what the tuning moved"),
         ("… KL divergence of its next-token distribution", f"{off.kl_nats:.3g} nats", ""),
@@ -32,6 +32,10 @@ def causal_rows(found: Proof, config: CompressConfig) -> list[Row]:
         ("tensors on disk other than what was to be written", str(len(found.damaged)), "0"),
         ("stored in", found.storage, ""),
     ]  # fmt: skip
+    if found.trained_adapted is not None:
+        left = f"{found.trained_adapted.kl_nats:.3g} nats, {found.trained_adapted.max_difference:.3g}"
+        rows.append(("the base was quantised in training: KL divergence, largest logit difference", left, ""))
+    return rows
 
 
 def encoder_rows(found: EncoderProof, config: CompressConfig) -> list[Row]:

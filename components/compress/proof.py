@@ -56,6 +56,9 @@ class Proof:
         damaged: names of tensors whose bytes on disk are not what was to be written.
         tokens: how many the logits were compared at.
         storage: what the weights are stored in.
+        trained_adapted: the adapted model against what was trained, where that stood on a quantised base:
+            what it costs to leave the quantisation behind. It is stated and has no bound: evaluate judges
+            the export.
     """
 
     exported_adapted: Gap
@@ -67,6 +70,7 @@ class Proof:
     damaged: tuple[str, ...]
     tokens: int
     storage: str
+    trained_adapted: Gap | None = None
 
     def facts(self) -> dict[str, Any]:
         """As JSON for the run's record."""

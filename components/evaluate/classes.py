@@ -17,6 +17,7 @@ from components.shared.errors import TuneyardError
 from components.shared.modelcard import ModelCard
 from components.shared.progress import Progress
 from components.shared.stage import Artifact, Context
+from components.shared.store import Store
 
 _WEIGHTS = (".safetensors", ".onnx", ".data")
 
@@ -54,9 +55,9 @@ def take(
     exam, train = _prepare(config, tests, inputs)
     encodings = _encode(inputs["model"].path, exam.texts, exam)
     part = Part({}, {"cut": encodings.cut})
-    _classifier("tuned", exam, encodings, inputs["model"].path, share, part)
+    _classifier("tuned", exam, encodings, inputs["model"].path, context.store, share, part)
     if "compressed" in inputs:
-        _classifier("compressed", exam, encodings, inputs["compressed"].path, share, part)
+        _classifier("compressed", exam, encodings, inputs["compressed"].path, context.store, share, part)
     _embed(exam, train, ModelCard.read(inputs["model"].path), context, share, part)
     return part
 
@@ -161,7 +162,13 @@ def _encode(folder: Path, texts: Sequence[str], exam: Exam) -> predictions.Encod
 
 
 def _classifier(
-    name: str, exam: Exam, encodings: predictions.Encodings, folder: Path, share: Share, part: Part
+    name: str,
+    exam: Exam,
+    encodings: predictions.Encodings,
+    folder: Path,
+    store: Store,
+    share: Share,
+    part: Part,
 ) -> None:
     """Put one of our model folders, PyTorch or ONNX, to a share of the texts; its logits go into the part."""
     card = ModelCard.read(folder)
@@ -173,7 +180,7 @@ def _classifier(
         if card.layout == "onnx":
             forward = predictions.onnx_classifier(folder / "model.onnx", _threads())
         else:
-            forward = predictions.torch_classifier(folder)
+            forward = predictions.torch_classifier(folder, store)
         progress = Progress(share.label(f"{name}: texts"), sum(map(len, batches)), "texts")
         timed = predictions.run(forward, encodings, batches, share.measures, progress.advance)
     del forward

@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 
 from components.shared.settings import Settings
 
+_COSTS = ("latency_p50_ms", "latency_p95_ms", "texts_per_second", "memory_gib")
 # What a gate may be set on, by the task of a model (ModelCard.task).
 METRICS: dict[str, tuple[str, ...]] = {
     "causal-lm": (
@@ -36,6 +37,10 @@ METRICS: dict[str, tuple[str, ...]] = {
         "throughput_ratio",
         "size_ratio",
     ),
+    "regression": ("mae", "rmse", "r2", "pearson", "spearman", *_COSTS),
+    "token-classification": ("entity_f1", "entity_precision", "entity_recall", "macro_entity_f1", *_COSTS),
+    "embedding": ("recall_at_1", "recall_at_10", "mrr", *_COSTS),
+    "multi-task": ("mean_score", "worst_score", *_COSTS),
 }
 
 

@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from components.evaluate import answers, classes, gates, page
+from components.evaluate import answers, classes, gates, page, retrieval, scores, several, spans
 from components.evaluate.config import EvaluateConfig
 from components.evaluate.findings import Findings, flat, numbers
 from components.evaluate.slices import keeping
@@ -80,7 +80,19 @@ def task_of(inputs: Mapping[str, Artifact], config: EvaluateConfig) -> Any:
     """
     task = ModelCard.read(inputs["model"].path).task
     gates.refuse_unknown(config.gates, task)
-    return answers if task == "causal-lm" else classes
+    match task:
+        case "causal-lm":
+            return answers
+        case "classification":
+            return classes
+        case "regression":
+            return scores
+        case "token-classification":
+            return spans
+        case "embedding":
+            return retrieval
+        case "multi-task":
+            return several
 
 
 def read_tests(inputs: Mapping[str, Artifact]) -> list[dict[str, Any]]:

@@ -27,6 +27,20 @@ _METRICS: dict[str, tuple[str, str, int]] = {
     "accuracy": ("Accuracy", "{:.2%}", 1),
     "macro_f1": ("Macro F1", "{:.3f}", 1),
     "auc": ("AUC, one against the rest", "{:.4f}", 1),
+    "mae": ("Mean absolute error", "{:,.4g}", -1),
+    "rmse": ("Root mean squared error", "{:,.4g}", -1),
+    "r2": ("R², variance explained", "{:.3f}", 1),
+    "pearson": ("Pearson's correlation", "{:.3f}", 1),
+    "spearman": ("Spearman's rank correlation", "{:.3f}", 1),
+    "entity_f1": ("F1 of whole entities", "{:.3f}", 1),
+    "entity_precision": ("Precision of whole entities", "{:.3f}", 1),
+    "entity_recall": ("Recall of whole entities", "{:.3f}", 1),
+    "macro_entity_f1": ("F1 of whole entities, mean over labels", "{:.3f}", 1),
+    "recall_at_1": ("Right text first", "{:.1%}", 1),
+    "recall_at_10": ("Right text among ten", "{:.1%}", 1),
+    "mrr": ("Mean reciprocal rank", "{:.3f}", 1),
+    "mean_score": ("Mean over tasks of macro F1 or Spearman", "{:.3f}", 1),
+    "worst_score": ("The worst task's", "{:.3f}", 1),
     "accuracy_drop_points": ("Accuracy lost by compression, points", "{:.2f}", -1),
     "throughput_ratio": ("Throughput, times that of PyTorch float32", "{:.2f}", 1),
     "size_ratio": ("Size on disk, of that in float32", "{:.1%}", -1),
@@ -37,7 +51,10 @@ _METRICS: dict[str, tuple[str, str, int]] = {
     "texts_per_second": ("Texts per second", "{:,.0f}", 1),
     "memory_gib": ("Peak memory, GiB", "{:.2f}", -1),
 }
-_ORDER = ("base", "tuned", "compressed", "tfidf_logreg")
+_ORDER = (
+    *("base", "tuned", "compressed", "tfidf_logreg"),
+    *("tfidf_ridge", "tfidf", "dictionary", "train_mean", "commonest"),
+)
 
 
 def render(document: Mapping[str, Any], findings: Findings) -> str:
@@ -50,6 +67,8 @@ def render(document: Mapping[str, Any], findings: Findings) -> str:
     names = [name for name in _ORDER if name in findings.systems]
     shipped = findings.systems[findings.ships]
     wrong = [row for row in findings.answers if row.get(findings.ships) != row["reference"]]
+    # Where an answer can be nearer or farther, the farthest are shown.
+    wrong.sort(key=lambda row: -row.get("off_by", 0))
     is_causal = document["task"] == "causal-lm"
     return pages.template(_TEMPLATE).render(
         document=document,
@@ -65,6 +84,7 @@ def render(document: Mapping[str, Any], findings: Findings) -> str:
         is_causal=is_causal,
         classes=sorted(shipped.get("per_class", []), key=lambda row: -row["count"]),
         confusion=confusion_rows(shipped),
+        tasks=shipped.get("per_task", []),
         labels=[row["label"] for row in shipped.get("per_class", [])],
         shown_classes=_SHOWN_CLASSES,
     )

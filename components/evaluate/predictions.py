@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from components.shared import clock
+from components.shared import clock, encoders, opening
+from components.shared.store import Store
 
 # From padded arrays [batch, longest] by input name to logits [batch, classes].
 Forward = Callable[[dict[str, Any]], Any]
@@ -120,18 +121,36 @@ def run(
     return Timed(sorted(of), np.concatenate(outputs)[np.argsort(of)], seconds, single_seconds)
 
 
-def torch_classifier(folder: Path) -> Forward:
-    """The float32 PyTorch model of a folder, logits out."""
+def torch_classifier(folder: Path, store: Store) -> Forward:
+    """The float32 PyTorch model of a folder, logits out; `store` is where an adapter's base may be."""
     import torch
     from transformers import AutoModelForSequenceClassification
 
-    model = AutoModelForSequenceClassification.from_pretrained(
+    model = opening.tuned(folder, store, AutoModelForSequenceClassification)
+
+    def forward(batch: dict[str, Any]) -> Any:
+        with torch.inference_mode():
+            return model(**{name: torch.from_numpy(array) for name, array in batch.items()}).logits.numpy()
+
+    return forward
+
+
+def torch_tagger(folder: Path, limit: int) -> Forward:
+    """The float32 token classifier of a folder: the index of the likeliest tag of each of `limit` tokens."""
+    import numpy as np
+    import torch
+    from transformers import AutoModelForTokenClassification
+
+    model = AutoModelForTokenClassification.from_pretrained(
         folder, dtype=torch.float32, local_files_only=True, use_safetensors=True
     ).eval()
 
     def forward(batch: dict[str, Any]) -> Any:
         with torch.inference_mode():
-            return model(**{name: torch.from_numpy(array) for name, array in batch.items()}).logits.numpy()
+            logits = model(**{name: torch.from_numpy(array) for name, array in batch.items()}).logits
+        tags = np.zeros((len(logits), limit), dtype=np.int64)  # as wide for each batch
+        tags[:, : logits.shape[1]] = logits.argmax(-1).numpy()
+        return tags
 
     return forward
 
@@ -148,9 +167,8 @@ def torch_embedder(folder: Path, precision: str) -> Forward:
     def forward(batch: dict[str, Any]) -> Any:
         with torch.inference_mode():
             tensors = {name: torch.from_numpy(array) for name, array in batch.items()}
-            hidden = model(**tensors).last_hidden_state.float()  # [batch, longest, width]
-            mask = tensors["attention_mask"][:, :, None].float()
-            return ((hidden * mask).sum(1) / mask.sum(1)).numpy()
+            hidden = model(**tensors).last_hidden_state
+            return encoders.mean_pooled(hidden, tensors["attention_mask"]).numpy()
 
     return forward
 

@@ -11,6 +11,13 @@ from components.register.config import BETTER
 
 # Over every test example; the other metrics are over the answers that were generated for some of them.
 _OVER_ALL_EXAMPLES = {"loss", "perplexity", "loss_reduction", "accuracy", "macro_f1", "auc"}
+_USUAL = {
+    "causal-lm": "loss",
+    "regression": "rmse",
+    "token-classification": "entity_f1",
+    "embedding": "mrr",
+    "multi-task": "mean_score",
+}
 _BY_TOKEN = {"loss", "perplexity", "loss_reduction"}
 
 
@@ -52,7 +59,7 @@ class Comparison:
 
 def default_metric(task: str) -> str:
     """What models of a task are compared by when the pipeline file does not say."""
-    return "loss" if task == "causal-lm" else "accuracy"
+    return _USUAL.get(task, "accuracy")
 
 
 def compare(metric: str, new: Judged, present: Judged | None) -> Comparison:

@@ -22,6 +22,18 @@ BETTER: dict[str, Literal["lower", "higher"]] = {
     "accuracy": "higher",
     "macro_f1": "higher",
     "auc": "higher",
+    "mae": "lower",
+    "rmse": "lower",
+    "r2": "higher",
+    "pearson": "higher",
+    "spearman": "higher",
+    "entity_f1": "higher",
+    "macro_entity_f1": "higher",
+    "recall_at_1": "higher",
+    "recall_at_10": "higher",
+    "mrr": "higher",
+    "mean_score": "higher",
+    "worst_score": "higher",
 }
 
 
@@ -30,8 +42,8 @@ class RegisterConfig(Settings):
 
     Args:
         name: of the registered model; the pipeline's own name when absent.
-        compare_by: metric that a new model must not be worse in to become champion; None: `loss` for causal
-            models, `accuracy` for classifiers.
+        compare_by: metric that a new model must not be worse in to become champion; None: the usual
+            one of the model's task (compare.default_metric).
     """
 
     name: str | None = Field(None, pattern=f"^{MODEL_NAME}$")

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from components.shared import chat, clock, examples, packed
+from components.shared import addons, chat, clock, examples, packed
+from components.shared.addons import Addon
 from components.shared.errors import TuneyardError
 from components.shared.loss import token_nats
 from components.shared.modelcard import ModelCard
@@ -73,8 +74,11 @@ def served_precision(folder: Path) -> Precision:
     float32 where rounding would bury what the tuning moved, and loading must not round it after all.
     """
     fast = preferred_precision("auto")
-    if ModelCard.read(folder).layout == "peft":
+    layout = ModelCard.read(folder).layout
+    if layout == "peft" or (layout == "addon" and not Addon.read(folder).moves_base):
         return fast  # the adapter stays float32, as in training
+    if layout == "addon":
+        return "float32"
     stored = json.loads((folder / "config.json").read_text()).get("dtype")
     return fast if stored == "bfloat16" else "float32"
 
@@ -125,7 +129,7 @@ def open_model(folder: Path, precision: Precision, settings: Any = None) -> Any:
 
 
 def load(folder: Path, store: Store, precision: Precision) -> tuple[Any, Any, ModelCard]:
-    """Load one of our causal model folders (layout transformers or peft), in eval mode.
+    """Load one of our causal model folders (layout transformers, peft or addon), in eval mode.
 
     Raises:
         TuneyardError: the base changed, or the template gives other token ids than in training.
@@ -138,6 +142,12 @@ def load(folder: Path, store: Store, precision: Precision) -> tuple[Any, Any, Mo
         base = load_base(card, store, precision)
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         model = PeftModel.from_pretrained(base, str(folder), local_files_only=True).eval()
+    elif card.layout == "addon":
+        from transformers import AutoTokenizer
+
+        model = load_base(card, store, precision)
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        addons.load(model, folder)
     elif card.layout == "transformers":
         model, tokenizer = open_folder(folder, precision)
     else:

@@ -20,6 +20,7 @@ DatasetType = Literal[
     "scored-text",
     "tagged-text",
     "text-pair",
+    "task-text",
 ]
 
 REQUIRED: dict[str, tuple[str, ...]] = {
@@ -32,6 +33,7 @@ REQUIRED: dict[str, tuple[str, ...]] = {
     "scored-text": ("text", "score"),
     "tagged-text": ("text", "entities"),
     "text-pair": ("anchor", "positive"),
+    "task-text": ("task", "text", "label"),
 }
 OPTIONAL: dict[str, tuple[str, ...]] = {
     "prompt-completion": ("system",),

@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict
 from components.shared import sources
 from components.shared.drift import Reference
 from components.shared.errors import TuneyardError
+from components.shared.heads import Head, Scale
 from components.shared.store import Store
 from components.shared.tasks import Task
 
@@ -52,10 +53,17 @@ class ModelCard(BaseModel):
 
     Args:
         task: what it does; see shared/tasks.py.
-        layout: `transformers` (a whole model in safetensors), `peft` (an adapter beside a base) or `onnx`
-            (model.onnx, int8, with the tokenizer files).
+        layout: `transformers` (a whole model in safetensors), `peft` (an adapter that can be merged into its
+            base), `addon` (one that stays beside it, see shared/addons.py) or `onnx` (model.onnx, int8, with
+            the tokenizer files).
         base_model: what it was tuned from.
-        labels: class names in logit order; empty for causal models.
+        quantised: what the base's layers were held in while the adapter was trained; None for no less than
+            they are stored in.
+        labels: class names (of a token-classification model its tags) in logit order; empty where there are
+            none.
+        scale: of a regression model's output.
+        heads: of a multi-task model, in the order of its outputs.
+        task_in_text: whether a multi-task model reads the name of the task before the text (heads.asked).
         max_length_tokens: longer inputs are cut (and counted) before the model sees them.
         template_probe: chat.probe of the tokenizer; None for classification.
         trainable_weights: how many weights training moved.
@@ -66,9 +74,13 @@ class ModelCard(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
     task: Task
-    layout: Literal["transformers", "peft", "onnx"]
+    layout: Literal["transformers", "peft", "addon", "onnx"]
     base_model: BaseModelRef
+    quantised: Literal["nf4"] | None = None
     labels: list[str] = []
+    scale: Scale | None = None
+    heads: list[Head] = []
+    task_in_text: bool = False
     max_length_tokens: int
     template_probe: dict[str, Any] | None = None
     trainable_weights: int

@@ -149,7 +149,7 @@ def _blocked(tokens: int, window: int) -> Any:
     """[tokens, tokens], true where a token must not be seen: after the one that looks, or too far back."""
     import torch
 
-    # Kept for a training too, where a tensor made while evaluating could not be used.
+    # A mask that an evaluation made first must serve training too.
     with torch.inference_mode(False):
         ones = torch.ones(tokens, tokens, dtype=torch.bool)
         return ones.triu(1) | ones.tril(-window)

@@ -11,8 +11,13 @@ from typing import Literal
 
 from components.shared.examples import DatasetType
 
-Task = Literal["causal-lm", "classification"]
-ObjectiveKind = Literal["sft", "classification"]
+Task = Literal["causal-lm", "classification", "regression", "token-classification", "embedding", "multi-task"]
+ObjectiveKind = Literal[
+    "sft", "classification", "regression", "token-classification", "contrastive", "multi-task"
+]
+# What compress can make smaller, and what the model server answers with.
+COMPRESSED: tuple[Task, ...] = ("causal-lm", "classification")
+SERVED: tuple[Task, ...] = ("causal-lm", "classification")
 
 
 @dataclass(frozen=True)
@@ -24,17 +29,23 @@ class Trait:
         formats: dataset types it learns from; the first is meant where a pipeline file names none.
         adapter: which weights move where a pipeline file says nothing.
         stratify_by: field whose shares all sides keep where a pipeline file says nothing; None for none.
+        smooths: whether train.label_smoothing means anything to it.
     """
 
     task: Task
     formats: tuple[DatasetType, ...]
     adapter: Literal["lora", "full"] = "full"
     stratify_by: str | None = None
+    smooths: bool = True
 
 
 OBJECTIVES: dict[str, Trait] = {
     "sft": Trait("causal-lm", ("prompt-completion", "conversational"), adapter="lora"),
     "classification": Trait("classification", ("labelled-text",), stratify_by="label"),
+    "regression": Trait("regression", ("scored-text",), smooths=False),
+    "token-classification": Trait("token-classification", ("tagged-text",)),
+    "contrastive": Trait("embedding", ("text-pair",), smooths=False),
+    "multi-task": Trait("multi-task", ("task-text",), stratify_by="task"),
 }
 
 

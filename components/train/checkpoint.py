@@ -23,8 +23,12 @@ log = logging.getLogger("tuneyard.train")
 
 
 def trainable(model: Any) -> dict[str, Any]:
-    """The weights that move, by name."""
-    return {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
+    """The weights that move in this run, now or later, by name; see adapters/unfreezing.py."""
+    return {
+        name: weight
+        for name, weight in model.named_parameters()
+        if weight.requires_grad or getattr(weight, "waits", False)
+    }
 
 
 def copy_weights(model: Any) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 
 from components.shared import tasks
 from components.shared.settings import Settings
-from components.train.adapters.config import AdapterConfig
+from components.train.adapters.config import KINDS, AdapterConfig
 from components.train.objectives.config import ObjectiveConfig
 
 
@@ -30,7 +30,8 @@ class TrainConfig(Settings):
             usual for the objective, lora for sft and full for classification.
         epochs: passes over train; not beside max_steps; 3 where neither is given.
         max_steps: optimizer updates; not beside epochs.
-        learning_rate: peak, reached after warm-up; where none is given 2e-4 for lora, 2e-5 for full.
+        learning_rate: peak, reached after warm-up; where none is given the adapter's usual one, see
+            adapters/config.py.
         min_learning_rate: where the cosine ends.
         warmup_fraction: of all steps, 0-1.
         per_device_batch_size: examples in one forward pass.
@@ -100,10 +101,28 @@ class TrainConfig(Settings):
         if filled.get("learning_rate") is None:
             adapter = filled["adapter"]
             kind = adapter.get("kind") if isinstance(adapter, dict) else getattr(adapter, "kind", None)
-            filled["learning_rate"] = 2e-5 if kind == "full" else 2e-4
+            filled["learning_rate"] = KINDS[kind if kind in KINDS else "full"].usual_rate
         if filled.get("epochs") is None and filled.get("max_steps") is None:
             filled["epochs"] = 3.0
         return filled
+
+    @model_validator(mode="after")
+    def _keys_kept(self) -> TrainConfig:
+        if self.gradient_checkpointing and self.adapter.kind in ("prefix", "p_tuning_v2"):
+            raise ValueError(
+                f"gradient_checkpointing cannot go with adapter {self.adapter.kind}: a layer that is "
+                "computed again is given no keys from outside; drop one"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _smoothing(self) -> TrainConfig:
+        if self.label_smoothing and not tasks.OBJECTIVES[self.objective.kind].smooths:
+            raise ValueError(
+                f"label_smoothing ({self.label_smoothing:g}) means nothing to {self.objective.kind}, "
+                "which has no labels; drop it"
+            )
+        return self
 
     @model_validator(mode="after")
     def _length_of_run(self) -> TrainConfig:

@@ -26,11 +26,13 @@ class Ledger:
         counts: `kept`, `cut`, `dropped` -> examples.
         tokens: `kept`, `removed` -> tokens.
         rows: one for each example that was not kept whole: id, origin, action, tokens, max_length.
+        parts: what became of the parts of examples where they have some (entities -> how many).
     """
 
     counts: Counter[str] = field(default_factory=Counter)
     tokens: Counter[str] = field(default_factory=Counter)
     rows: list[dict[str, Any]] = field(default_factory=list)
+    parts: dict[str, int] = field(default_factory=dict)
 
     def note(self, example: Mapping[str, Any], action: str, before: int, after: int, limit: int) -> None:
         """Account for one example: `before` tokens came, `after` stay."""

@@ -132,15 +132,13 @@ def eval_loss(
     precision: causal.Precision,
     ranks: Ranks = ALONE,
 ) -> float:
-    """Mean loss in nats over the terms of these examples."""
+    """Mean loss over the terms of these examples."""
     import torch
 
     objective.model.eval()
-    total = 0.0
-    budget = config.per_device_batch_size * config.max_length
+    batches = causal.by_length([len(e) for e in encoded], config.per_device_batch_size * config.max_length)
     with clock.arithmetic(), torch.inference_mode(), autocast(precision):
-        for indices in ranks.share(list(causal.by_length([len(e) for e in encoded], budget))):
-            total += float(objective.summed_loss([encoded[i] for i in indices], 0.0))
+        total = objective.judged_loss(encoded, batches, ranks)
     objective.model.train()
     return ranks.sum(total) / sum(map(objective.terms, encoded))
 

@@ -59,6 +59,22 @@ class Ranks:
         """What rank 0 says."""
         return round(self.sum(number if self.rank == 0 else 0))
 
+    def gathered(self, rows: Any) -> tuple[Any, int]:
+        """The rows [n, ...] of all processes, in order of rank, and at which of them ours begin."""
+        if self.count == 1:
+            return rows, 0
+        import torch
+        from torch import distributed
+
+        counts = torch.zeros(self.count, dtype=torch.int64, device=rows.device)
+        counts[self.rank] = len(rows)
+        distributed.all_reduce(counts)
+        start = int(counts[: self.rank].sum())
+        every = rows.new_zeros(int(counts.sum()), *rows.shape[1:])
+        every[start : start + len(rows)] = rows
+        distributed.all_reduce(every)
+        return every, start
+
     def add_gradients(self, weights: Sequence[Any]) -> None:
         """Replace each gradient by its sum over all processes.
 

@@ -6,13 +6,15 @@ import contextlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from components.shared import jsonl, tracking
+from components.shared import addons, families, jsonl, nf4, tracking
 from components.shared.errors import TuneyardError
 from components.shared.modelcard import BaseModelRef, ModelCard
 from components.shared.stage import Context, Result
-from components.train import curves
+from components.train import checkpoint, curves
+from components.train.adapters.applying import addon_of
+from components.train.adapters.config import QloraAdapter
 from components.train.config import TrainConfig
 from components.train.data import Ledger
 from components.train.fit import Fit
@@ -31,11 +33,10 @@ def card(
         weights: (trainable, all).
         run_id: of the MLflow run.
     """
-    # An adapter on its base is for causal models alone: what judges and exports the others takes whole ones.
-    whole = config.adapter.kind == "full" or objective.task != "causal-lm"
     return ModelCard(
         task=objective.task,
-        layout="transformers" if whole else "peft",
+        layout=_layout(objective, config),
+        quantised="nf4" if isinstance(config.adapter, QloraAdapter) else None,
         base_model=base,
         labels=list(objective.labels),
         max_length_tokens=config.max_length,
@@ -43,11 +44,25 @@ def card(
         trainable_weights=weights[0],
         total_weights=weights[1],
         mlflow_run=run_id,
+        **objective.card_facts(),
     )
 
 
+def _layout(objective: Objective, config: TrainConfig) -> Literal["transformers", "peft", "addon"]:
+    """How the model is stored: whole, as an adapter that compress merges, or beside its base for good."""
+    if config.adapter.beside:
+        return "addon"
+    # What judges and exports other models than causal ones takes whole ones.
+    return "peft" if _wrapped(objective) and objective.task == "causal-lm" else "transformers"
+
+
+def _wrapped(objective: Objective) -> bool:
+    """Whether the model is in PEFT's wrapping."""
+    return hasattr(objective.model, "merge_and_unload")
+
+
 def save(objective: Objective, config: TrainConfig, card: ModelCard, folder: Path) -> None:
-    """Write the model folder: an adapter for a causal LoRA, else whole weights.
+    """Write the model folder: whole weights, or an adapter; see the card's layout.
 
     Args:
         objective: with the trained model.
@@ -55,14 +70,30 @@ def save(objective: Objective, config: TrainConfig, card: ModelCard, folder: Pat
         card: of the model.
         folder: to be made.
     """
+    objective.finish()
     model = objective.model
-    if card.layout == "transformers" and config.adapter.kind == "lora":
-        model = model.merge_and_unload()
-    model.save_pretrained(folder)
+    if card.layout == "addon":
+        addons.save(model, addon_of(config), checkpoint.trainable(model), folder)
+    else:
+        if card.layout == "transformers" and _wrapped(objective):
+            model = merged(model)
+        model.save_pretrained(folder)
     # PEFT writes a page of empty headings.
     (folder / "README.md").unlink(missing_ok=True)
     objective.tokenizer.save_pretrained(folder)
     card.write(folder)
+
+
+def merged(model: Any) -> Any:
+    """A model in PEFT's wrapping with its adapter merged; one in NF4 into the weights it was made from."""
+    from transformers import AutoModel
+
+    if nf4.held(model):
+        base = AutoModel.from_pretrained(
+            model.get_base_model().config.name_or_path, local_files_only=True, use_safetensors=True
+        )
+        nf4.restore(families.body(model), base)
+    return model.merge_and_unload()
 
 
 def describe(
@@ -114,6 +145,7 @@ def _summary(result: Fit, ledgers: Mapping[str, Ledger], card: ModelCard) -> dic
         "stopped_early": result.stopped_early,
         "examples": {side: dict(kept.counts) for side, kept in ledgers.items()},
         "tokens": {side: dict(kept.tokens) for side, kept in ledgers.items()},
+        **{side: kept.parts for side, kept in ledgers.items() if kept.parts},
         "trainable_weights": card.trainable_weights,
         "total_weights": card.total_weights,
     }

@@ -18,7 +18,7 @@ from components.shared.stage import Artifact, Context, Result
 from components.train import checkpoint, job, keeping, saving, selfcheck
 from components.train.adapters.applying import apply_adapter, weight_counts
 from components.train.config import TrainConfig
-from components.train.data import Ledger, fit_lengths
+from components.train.data import Ledger, fit_lengths, total_steps
 from components.train.fit import Fit, fit
 from components.train.objectives.base import Objective
 from components.train.objectives.opening import open_objective
@@ -156,7 +156,7 @@ def train_here(
     judged = sorted(objective.usable(rows["eval"]), key=lambda row: row["id"])
     rows["eval"] = judged[: config.eval_examples]
     encoded, ledgers = _encode(objective, rows, config)
-    moving, total = weight_counts(objective, config)
+    moving, total = weight_counts(objective, config, total_steps(len(encoded["train"]), config))
     base = BaseModelRef(
         uri=config.base_model,
         fingerprint=sources.fingerprint(config.base_model, context.store, "model", config.revision),
@@ -188,6 +188,7 @@ def _encode(
     encoded, ledgers = {}, {}
     for side, examples in rows.items():
         encoded[side], ledgers[side] = fit_lengths(examples, objective.encode, objective.shorten, config)
+        ledgers[side].parts = objective.account(examples, encoded[side])
         if not encoded[side]:
             todo = "see train.max_length and train.over_length"
             raise StageStopped(f"no example of {side} is left to use", todo)

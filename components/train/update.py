@@ -6,11 +6,13 @@ import contextlib
 import math
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 from components.shared import causal, clock, interrupts
 from components.shared.errors import TuneyardError
 from components.train import checkpoint
+from components.train.adapters import unfreezing
 from components.train.config import TrainConfig
 from components.train.data import dealt
 from components.train.objectives.base import Objective
@@ -32,16 +34,24 @@ def learning_rate(step: int, steps: int, config: TrainConfig) -> float:
 
 
 def make_optimizer(model: Any, config: TrainConfig) -> Any:
-    """AdamW (arXiv:1711.05101) with weight decay on matrices, none on biases and norms."""
+    """AdamW (arXiv:1711.05101) with weight decay on matrices, none on biases, norms and scales.
+
+    A group's `share` is what part of the learning rate its weights get: see the adapter's `layer_decay`.
+    """
     import torch
 
-    weights = list(checkpoint.trainable(model).values())
-    groups = [
-        {"params": [w for w in weights if w.ndim > 1], "weight_decay": config.weight_decay},
-        {"params": [w for w in weights if w.ndim <= 1], "weight_decay": 0.0},
+    shares = unfreezing.rate_shares(model, config.adapter)
+    groups: dict[tuple[bool, float], list[Any]] = {}
+    for name, weight in checkpoint.trainable(model).items():
+        # IA3's scales begin at one; decay would pull them to zero.
+        decays = weight.ndim > 1 and ".ia3_" not in name
+        groups.setdefault((decays, shares.get(name, 1.0)), []).append(weight)
+    settings = [
+        {"params": weights, "weight_decay": config.weight_decay if decays else 0.0, "share": share}
+        for (decays, share), weights in groups.items()
     ]
     # fused: one pass over the weights; the default makes one for each operation, six times as long on a CPU.
-    return torch.optim.AdamW([g for g in groups if g["params"]], lr=config.learning_rate, fused=True)
+    return torch.optim.AdamW(settings, lr=config.learning_rate, fused=True)
 
 
 def autocast(precision: causal.Precision) -> Any:
@@ -78,6 +88,7 @@ def timed_update(
         batches: [micro-batch] -> encoded examples.
     """
     ranks.seed(config.seed, number)
+    unfreezing.thaw(objective.model, config.adapter, number, total)
     began = time.monotonic()
     row = {"step": number + 1, "learning_rate": learning_rate(number, total, config)}
     row |= gradients(objective, batches, config, precision, ranks)
@@ -100,7 +111,7 @@ def gradients(
     one batch however the terms are spread over them, and over processes.
 
     Returns:
-        loss (nats) and grad_norm (before clipping).
+        loss, grad_norm (before clipping) and the objective's own notes.
 
     Raises:
         TuneyardError: the loss is not finite.
@@ -108,16 +119,10 @@ def gradients(
     import torch
 
     terms = sum(objective.terms(e) for micro in batches for e in micro)
-    loss = 0.0
     for weight in checkpoint.trainable(objective.model).values():
         weight.grad = None  # of an update that was interrupted
-    for micro in dealt(batches, ranks, config, objective.packs):
-        with clock.arithmetic():
-            with autocast(precision):
-                part = objective.summed_loss(micro, config.label_smoothing) / terms
-            part.backward()
-            loss += float(part.detach())
-    loss = ranks.sum(loss)
+    micros, arithmetic = dealt(batches, ranks, config, objective.packs), partial(autocast, precision)
+    loss = ranks.sum(objective.gradient(micros, terms, config.label_smoothing, arithmetic, ranks))
     if not math.isfinite(loss):
         raise TuneyardError(
             f"train: the loss is {loss} in {precision}",
@@ -127,13 +132,13 @@ def gradients(
     ranks.add_gradients(weights)
     with clock.arithmetic():
         norm = float(torch.nn.utils.clip_grad_norm_(weights, config.max_grad_norm))
-    return {"loss": loss, "grad_norm": norm}
+    return {"loss": loss, "grad_norm": norm, **objective.notes()}
 
 
 def step(optimizer: Any, rate: float) -> None:
     """Move the weights by their gradients at a learning rate."""
     for group in optimizer.param_groups:
-        group["lr"] = rate
+        group["lr"] = rate * group["share"]
     with clock.arithmetic():
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)

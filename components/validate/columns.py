@@ -15,6 +15,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from components.shared import examples as dataset
+from components.shared import tagging
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -55,6 +56,7 @@ def text_columns(dataset_type: str) -> tuple[str, ...]:
         "scored-text": ("text",),
         "tagged-text": ("text",),
         "text-pair": ("anchor", "positive", "negative"),
+        "task-text": ("text",),
     }[dataset_type]
 
 
@@ -74,6 +76,10 @@ def table(dataset_type: str, examples: Rows) -> pd.DataFrame:
         "labelled-text": _labelled,
         "prompt-completion": partial(_answered, dataset_type),
         "conversational": partial(_answered, dataset_type),
+        "scored-text": _scored,
+        "tagged-text": _tagged,
+        "text-pair": _paired,
+        "task-text": _tasked,
     }
     columns |= measured.get(dataset_type, partial(_fields, dataset_type))(examples)
     for name in dict.fromkeys(name for row in examples for name in row.get("extra") or {}):
@@ -136,6 +142,82 @@ def _labelled(examples: Rows) -> dict[str, list[Any]]:
     columns["label_examples"] = [counts[label] for label in labels]
     columns["label_imbalance"] = [largest / counts[label] for label in labels]
     columns["label_spellings"] = _distinct([_folded(label) for label in labels], labels)
+    columns["text_at_limit"] = _at_limit(texts, examples)
+    return columns
+
+
+def _scored(examples: Rows) -> dict[str, list[Any]]:
+    columns = _fields("scored-text", examples)
+    texts = [_text(value) for value in columns["text"]]
+    scores = [value for value in columns["score"] if isinstance(value, int | float)]
+    mean = sum(scores) / max(1, len(scores))
+    deviation = (sum((score - mean) ** 2 for score in scores) / max(1, len(scores))) ** 0.5
+    columns["scores_for_text"] = _distinct(texts, [str(value) for value in columns["score"]])
+    columns["score_deviations"] = [
+        abs(value - mean) / deviation if deviation and isinstance(value, int | float) else 0.0
+        for value in columns["score"]
+    ]
+    columns["text_at_limit"] = _at_limit(texts, examples)
+    return columns
+
+
+def _tagged(examples: Rows) -> dict[str, list[Any]]:
+    columns = _fields("tagged-text", examples)
+    texts = [_text(value) for value in columns["text"]]
+    spans = [value if isinstance(value, list) else [] for value in columns["entities"]]
+    counts = Counter(span["label"] for found in spans for span in found)
+    columns["entities"] = [
+        "; ".join(f"{span['label']}: {text[span['start'] : span['end']]}" for span in found)
+        for text, found in zip(texts, spans, strict=True)
+    ]
+    columns["entity_count"] = [len(found) for found in spans]
+    columns["entities_for_text"] = _distinct(texts, [_text(found) for found in spans])
+    # A row without entities has no rare label.
+    most = max(counts.values(), default=0)
+    columns["entity_label_examples"] = [
+        min((counts[span["label"]] for span in found), default=most) for found in spans
+    ]
+    columns["entity_unmarked"] = [_unmarked(text, found) for text, found in zip(texts, spans, strict=True)]
+    columns["text_at_limit"] = _at_limit(texts, examples)
+    return columns
+
+
+def _unmarked(text: str, spans: Sequence[Mapping[str, Any]]) -> int:
+    """How many places of a text hold the text of one of its entities and touch none."""
+    covered = [False] * len(text)
+    for span in spans:
+        covered[span["start"] : span["end"]] = [True] * (span["end"] - span["start"])
+    found = 0
+    for entity in {text[span["start"] : span["end"]] for span in spans}:
+        for match in re.finditer(re.escape(entity), text):
+            edges = (tagging.inside_word(text, at) for at in match.span())
+            found += not any(covered[match.start() : match.end()]) and not any(edges)
+    return found
+
+
+def _paired(examples: Rows) -> dict[str, list[Any]]:
+    columns = _fields("text-pair", examples)
+    anchors, positives, negatives = (
+        [_text(value) for value in columns[name]] for name in ("anchor", "positive", "negative")
+    )
+    many = len(set(anchors))
+    columns["anchors_for_positive_fraction"] = [n / many for n in _distinct(positives, anchors)]
+    belongs = set(zip(anchors, positives, strict=True))
+    columns["negative_belongs"] = [pair in belongs for pair in zip(anchors, negatives, strict=True)]
+    columns["positive_at_limit"] = _at_limit(positives, examples)
+    return columns
+
+
+def _tasked(examples: Rows) -> dict[str, list[Any]]:
+    columns = _fields("task-text", examples)
+    tasks, texts, labels = ([_text(v) for v in columns[n]] for n in ("task", "text", "label"))
+    counts = Counter(tasks)
+    asked = [json.dumps(pair, ensure_ascii=False) for pair in zip(tasks, texts, strict=True)]
+    folded = [f"{task}\n{_folded(label)}" for task, label in zip(tasks, labels, strict=True)]
+    columns["labels_of_task"] = _distinct(tasks, labels)
+    columns["labels_for_text"] = _distinct(asked, labels)
+    columns["label_spellings"] = _distinct(folded, labels)
+    columns["task_examples"] = [counts[task] for task in tasks]
     columns["text_at_limit"] = _at_limit(texts, examples)
     return columns
 

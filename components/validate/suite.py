@@ -6,29 +6,27 @@ corpus may be like that on purpose, and its owner should know.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING
 
 from components.shared import examples
-from components.validate import columns
+from components.validate import columns, encoder_suite
+from components.validate.expectation import (
+    MAX_LABEL_CHARACTERS,
+    MIN_LABEL_EXAMPLES,
+    MOSTLY,
+    Expectation,
+    uncut,
+    written,
+)
 
 if TYPE_CHECKING:
     import pandas as pd
 
-Severity = Literal["fail", "warn"]
-
-# Prose written by people has slips; 1% of rows is also what the quarantine budget forgives. A slip is still
-# listed with its file and line. Where one row breaks training or its meaning, nothing is forgiven.
-MOSTLY = 0.99
 # A test side of 15% holds one example of ten; below that no number of evaluate means anything.
 MIN_ROWS = 10
 # Longer than any answer or ruling: a lost quotation mark has swallowed the rest of a CSV file.
 MAX_CHARACTERS = 100_000
-MAX_LABEL_CHARACTERS = 200
 MAX_IMBALANCE = 10
-# With fewer, the test side has one or two, and the class's F1 is a coin toss.
-MIN_LABEL_EXAMPLES = 10
 # Tasks with a few fixed answers (LawBench's dispute focus: 0.23 of prompts share one) are legitimate, so this
 # warns; one answer for nine prompts of ten teaches a constant, which loss rewards.
 WARN_SHARED_ANSWER = 0.10
@@ -40,7 +38,6 @@ DAMAGED = (
     "\ufffd|\u951f\u65a4\u62f7|\u00e2\u20ac[\u2122\u0153\u02dc\u0161\u201c\u201d\u00a6\u00a2]"
     "|\u00c3[\u0080-\u00bf]|\u00ef\u00bb\u00bf"
 )
-READABLE = r"[^\W_]"
 # Whole values that stand for "nobody filled this in", and the refusals of a chat bot that wrote the corpus.
 # A plain "none" or "无" is not here: it is the right answer of many extraction tasks.
 PLACEHOLDERS = (
@@ -50,34 +47,6 @@ PLACEHOLDERS = (
     r"作为(?:一个|一名)?\s?(?:AI|人工智能)\s?(?:语言)?(?:模型|助手)",
 )
 ROLES = r"^(?:system )?(?:user assistant )*user assistant$"
-
-
-@dataclass(frozen=True)
-class Expectation:
-    """One expectation and how to tell of it.
-
-    Args:
-        type: name in Great Expectations.
-        kwargs: its arguments.
-        meaning: what it expects, in a sentence.
-        severity: what a failure does.
-        show: columns to show of an example row; those it is about when empty.
-        together: example rows with the same value in this column are shown side by side.
-        source: `suite`, or `settings` for one of the pipeline file.
-    """
-
-    type: str
-    kwargs: Mapping[str, Any]
-    meaning: str
-    severity: Severity = "fail"
-    show: tuple[str, ...] = ()
-    together: str = ""
-    source: Literal["suite", "settings"] = "suite"
-    about: tuple[str, ...] = field(init=False)
-
-    def __post_init__(self) -> None:
-        names = (self.kwargs.get(key) for key in ("column", "column_A", "column_B"))
-        object.__setattr__(self, "about", (*(n for n in names if n), *self.kwargs.get("column_list", ())))
 
 
 def of(dataset_type: str, table: pd.DataFrame) -> list[Expectation]:
@@ -93,7 +62,7 @@ def of(dataset_type: str, table: pd.DataFrame) -> list[Expectation]:
     required = _required(dataset_type)
     found = [
         enough,
-        *(e for name in required for e in _written(name, MAX_CHARACTERS)),
+        *(e for name in required for e in written(name, MAX_CHARACTERS)),
         *map(_undamaged, present),
     ]
     match dataset_type:
@@ -103,27 +72,15 @@ def of(dataset_type: str, table: pd.DataFrame) -> list[Expectation]:
             found += _answers()
         case "conversational":
             found += _answers() + _turns()
+        case "scored-text":
+            found += encoder_suite.scores()
+        case "tagged-text":
+            found += encoder_suite.entities()
+        case "text-pair":
+            found += encoder_suite.pairs(table["negative"].notna().any())
+        case "task-text":
+            found += encoder_suite.tasks()
     return [*found, _repeated(dataset_type)]
-
-
-def _written(name: str, longest: int) -> list[Expectation]:
-    one = {"column": name}
-    return [
-        Expectation("expect_column_values_to_not_be_null", one, f"every example has a {name}"),
-        Expectation(
-            "expect_column_values_to_be_of_type", {**one, "type_": "str"}, f"every {name} is a string"
-        ),
-        Expectation(
-            "expect_column_value_lengths_to_be_between",
-            {**one, "min_value": 1, "max_value": longest},
-            f"no {name} is empty, none longer than {longest:,} characters",
-        ),
-        Expectation(
-            "expect_column_values_to_match_regex",
-            {**one, "regex": READABLE, "mostly": MOSTLY},
-            f"a {name} holds at least a letter or a digit, not only blanks and punctuation",
-        ),
-    ]
 
 
 def _undamaged(name: str) -> Expectation:
@@ -131,15 +88,6 @@ def _undamaged(name: str) -> Expectation:
         "expect_column_values_to_not_match_regex",
         {"column": name, "regex": DAMAGED, "mostly": MOSTLY},
         f"no {name} was damaged by a wrong encoding (U+FFFD and the like)",
-    )
-
-
-def _uncut(name: str, text: str) -> Expectation:
-    return Expectation(
-        "expect_column_values_to_be_in_set",
-        {"column": name, "value_set": [False]},
-        f"no pile of {text}s ends at exactly the longest length of its file, as where an export cuts them",
-        show=(text,),
     )
 
 
@@ -183,7 +131,7 @@ def _answers() -> list[Expectation]:
             severity="warn",
             show=("completion",),
         ),
-        _uncut("completion_at_limit", "completion"),
+        uncut("completion_at_limit", "completion"),
     ]
 
 
@@ -207,11 +155,11 @@ def _turns() -> list[Expectation]:
 def _labels(rows: int) -> list[Expectation]:
     most = max(2, rows // 2)
     readable = "expect_column_values_to_match_regex"
-    written = [
-        e for e in _written("label", MAX_LABEL_CHARACTERS) if e.type != readable
+    names = [
+        e for e in written("label", MAX_LABEL_CHARACTERS) if e.type != readable
     ]  # "+" and "-" are labels
     return [
-        *written,
+        *names,
         Expectation(
             "expect_column_unique_value_count_to_be_between",
             {"column": "label", "min_value": 2, "max_value": most},
@@ -243,7 +191,7 @@ def _labels(rows: int) -> list[Expectation]:
             f"the largest label has at most {MAX_IMBALANCE} times the examples of the smallest",
             severity="warn",
         ),
-        _uncut("text_at_limit", "text"),
+        uncut("text_at_limit", "text"),
     ]
 
 

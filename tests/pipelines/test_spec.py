@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from components.evaluate.config import METRICS
+from components.shared import tasks
 from components.shared.errors import EXIT_USAGE, SpecError, UsageError
 from pipelines.graph import inputs_of
 from pipelines.spec import FOLDER, load, names
@@ -54,6 +55,22 @@ def test_every_shipped_pipeline_loads():
         (GOOD + "deploy:\n", "line 6: deploy: needs a register section"),
         (GOOD + "register: false\ndeploy:\n", "line 7: deploy: needs a register section"),
         (GOOD + "register:\ndeploy:\n", "line 7: deploy: needs a compress section, which merges the adapter"),
+        (
+            GOOD + "  adapter: houlsby\nregister:\ncompress:\ndeploy:\n",
+            "line 8: compress: adapter houlsby stays beside its base, and there is nothing to merge or "
+            "export; drop this section, or choose an adapter that merges (lora, qlora, ia3)",
+        ),
+        (
+            GOOD + "  adapter: {kind: prompt}\nregister:\ndeploy:\n",
+            "line 8: deploy: adapter prompt stays beside its base, and the model server takes whole models",
+        ),
+        (GOOD + "  adapter: {kind: ia3}\nregister:\ndeploy:\n", "deploy: needs a compress section"),
+        (
+            GOOD + "  adapter: prefix\n  gradient_checkpointing: true\n",
+            "gradient_checkpointing cannot go with adapter prefix",
+        ),
+        (GOOD + "  adapter: {kind: lastlayers}\n", "did you mean last_layers?"),
+        (GOOD + "  adapter: {kind: progressive, untill: 0.3}\n", "no such setting; did you mean until?"),
         (GOOD + "split: {ratios: [0.5, 0.1, 0.1]}\n", "must be positive and sum to 1"),
         (
             GOOD.replace("sft", "classification").replace("source:", "format: prompt-completion, source:"),
@@ -76,6 +93,27 @@ def test_every_shipped_pipeline_loads():
             "line 6: register.compare_by: auc is no metric of a causal-lm",
         ),
         (GOOD.replace("{prompt: q", "{question: q"), "are no fields of prompt-completion"),
+        (
+            GOOD.replace("sft", "regression").replace(", columns: {prompt: q, completion: a}", "")
+            + "compress:\n",
+            "line 6: compress: there is no smaller form of regression models; drop this section",
+        ),
+        (
+            GOOD.replace("sft", "contrastive") + "register:\ndeploy:\n",
+            "line 7: deploy: the model server does not serve embedding models; drop this section",
+        ),
+        (
+            GOOD.replace("sft", "regression") + "  label_smoothing: 0.1\n",
+            "label_smoothing (0.1) means nothing to regression",
+        ),
+        (
+            GOOD.replace("objective: sft", "objective: {kind: multi-task, tasks: {mood: {hed: regression}}}"),
+            "train.objective.tasks.mood.hed: no such setting; did you mean head?",
+        ),
+        (
+            GOOD.replace("objective: sft", "objective: {kind: regression, loss: hubber}"),
+            "train.objective.loss: Input should be 'mse' or 'huber' (it is 'hubber')",
+        ),
         (GOOD + "evaluate: {gates: {loss: {}}}\n", "a gate needs min or max"),
     ],
 )
@@ -105,8 +143,10 @@ def test_a_gate_is_on_what_the_pipeline_can_measure(tmp_path_factory, task, data
     """Any gate that the spec takes is a metric of its task, and each of the others is named with its line."""
     every = sorted({metric for metrics in METRICS.values() for metric in metrics})
     gates = data.draw(st.lists(st.sampled_from(every), unique=True, min_size=1))
-    compress = data.draw(st.booleans())
+    compress = task in tasks.COMPRESSED and data.draw(st.booleans())
+    objective = next(kind for kind, trait in tasks.OBJECTIVES.items() if trait.task == task)
     text = GOOD if task == "causal-lm" else CLASSES[: CLASSES.index("evaluate")]
+    text = text.replace("objective: classification", f"objective: {objective}")
     lines = [*text.splitlines(), "evaluate:", "  gates:", *(f"    {metric}: {{max: 1}}" for metric in gates)]
     path = tmp_path_factory.mktemp("gates") / "gates.yaml"
     path.write_text("\n".join(lines + ["compress:"] * compress))
@@ -225,3 +265,13 @@ def test_test_reaches_evaluate_alone():
     spec = load("sft_legal")
     readers = [s for s in spec.stages() if ("split", "test") in inputs_of(s, spec).values()]
     assert readers == ["evaluate"]
+
+
+@pytest.mark.parametrize("kind", tasks.OBJECTIVES)
+def test_a_file_needs_only_the_name_of_its_objective(tmp_path, kind):
+    """Dataset type, adapter and stratification come from the one table of objectives."""
+    text = CLASSES[: CLASSES.index("evaluate")].replace("classification", kind)
+    spec, trait = load(write(tmp_path, text)), tasks.OBJECTIVES[kind]
+    assert spec.ingest.format == trait.formats[0] and spec.train.adapter.kind == trait.adapter
+    assert spec.split.stratify_by == trait.stratify_by and spec.train.objective.kind == kind
+    assert METRICS[trait.task]

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 
 from components.shared import causal
+from components.shared.drift import Window
 from components.shared.errors import TuneyardError
 from serving import decode, openai_api, sampling
 from serving.answers import Job
@@ -34,7 +35,7 @@ def model_and_tokenizer(causal_folder):
 
 @pytest.fixture
 def served(model_and_tokenizer):
-    model = CausalModel(Identity("tiny", "1", "d" * 64), *model_and_tokenizer)
+    model = CausalModel(Identity("tiny", "1", "d" * 64), *model_and_tokenizer, Window(None))
     yield model
     model.abort(10)
 
@@ -106,7 +107,7 @@ def test_a_seed_gives_the_same_answer_alone_and_beside_others(served):
 
 def test_a_cancelled_job_stops_at_the_next_token(model_and_tokenizer):
     generated = []
-    model = CausalModel(Identity("tiny", "1", "d" * 64), *model_and_tokenizer, generated.append)
+    model = CausalModel(Identity("tiny", "1", "d" * 64), *model_and_tokenizer, Window(None), generated.append)
     begun = threading.Event()
     job = Job(model.encode_text(PROMPTS[0]), 480, 0.0, 1.0, None, (), lambda piece: begun.set())
     model.submit(job)
@@ -135,7 +136,7 @@ def test_the_end_token_ends_the_answer_and_is_not_part_of_it(model_and_tokenizer
     ends = copy.deepcopy(tokenizer)
     ends.eos_token = tokenizer.convert_ids_to_tokens(whole[7])
     at = whole.index(whole[7])
-    served = CausalModel(Identity("tiny", "1", "d" * 64), model, ends)
+    served = CausalModel(Identity("tiny", "1", "d" * 64), model, ends, Window(None))
     text, last = ask(served, PROMPTS[0])[1]()
     served.abort(10)
     assert text == tokenizer.decode(whole[:at])
@@ -152,16 +153,16 @@ def test_accepted_jobs_are_finished_after_close_and_the_weights_are_freed(served
 
 
 def test_a_request_on_its_way_to_a_replaced_model_is_answered_by_the_new_one(served, model_and_tokenizer):
-    old = CausalModel(Identity("tiny", "0", "c" * 64), *model_and_tokenizer)
+    old = CausalModel(Identity("tiny", "0", "c" * 64), *model_and_tokenizer, Window(None))
     old.close()
     found = iter([old, served])
-    catalogue = SimpleNamespace(causal=lambda name: next(found))
-    request = SimpleNamespace(state=SimpleNamespace())
+    catalogue = SimpleNamespace(causal=lambda name, choice: next(found))
+    request = SimpleNamespace(state=SimpleNamespace(), headers={})
     asked = CompletionRequest(model="tiny", prompt=PROMPTS[0], max_tokens=3, temperature=0)
 
     async def answered():
         answer = await openai_api.ask(
-            catalogue, request, asked, lambda model: served.encode_text(asked.prompt)
+            catalogue, request, asked, PROMPTS[0], lambda model: served.encode_text(asked.prompt)
         )
         return [piece async for piece in answer.read()]
 

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-from components.shared import causal, packed
+from components.shared import causal, clock, packed
 from components.shared.tasks import Task
+from components.train.ranks import Ranks
+
+# Makes the context of a forward pass: the precision to compute in.
+Arithmetic = Callable[[], AbstractContextManager[Any]]
 
 
 class Objective:
@@ -19,6 +24,7 @@ class Objective:
         tokenizer: its tokenizer, with the template.
         task: of the model that comes out.
         labels: class names in logit order; empty where there are none.
+        own_weights: names of weights that the objective itself adds to the model; they move with any adapter.
         separable: whether the loss of a batch is the sum over its examples, each by itself.
         plain_loss: the same as `summed_loss` by the book, slow and obvious; None where that is the same.
     """
@@ -27,6 +33,7 @@ class Objective:
     tokenizer: Any
     task: Task
     labels: Sequence[str] = ()
+    own_weights: tuple[str, ...] = ()
     separable: bool = True
     plain_loss: Callable[[Sequence[Any], float], Any] | None = None
 
@@ -54,6 +61,64 @@ class Objective:
     def summed_loss(self, batch: Sequence[Any], label_smoothing: float) -> Any:
         """Loss in nats, summed over the terms of a micro-batch; differentiable where gradients are on."""
         raise NotImplementedError
+
+    def gradient(
+        self,
+        micros: Sequence[Sequence[Any]],
+        terms: int,
+        label_smoothing: float,
+        arithmetic: Arithmetic,
+        ranks: Ranks,
+    ) -> float:
+        """Add the gradient of an update to the weights. Returns this process's share of the mean loss.
+
+        Args:
+            micros: the micro-batches that this process computes.
+            terms: of the whole update, over all its processes.
+            label_smoothing: 0-1.
+            arithmetic: context of each forward pass.
+            ranks: the processes; their gradients are summed afterwards.
+        """
+        loss = 0.0
+        for micro in micros:
+            with clock.arithmetic():
+                with arithmetic():
+                    part = self.summed_loss(micro, label_smoothing) / terms
+                part.backward()
+                loss += float(part.detach())
+        return loss
+
+    def judged_loss(self, encoded: Sequence[Any], batches: Iterable[Sequence[int]], ranks: Ranks) -> float:
+        """This process's share of the loss, summed over the terms of eval; called without gradients.
+
+        Args:
+            encoded: examples.
+            batches: their indices in batches; each process takes its share.
+            ranks: the processes; their shares are summed afterwards.
+        """
+        return sum(
+            float(self.summed_loss([encoded[i] for i in batch], 0.0)) for batch in ranks.share(list(batches))
+        )
+
+    def account(self, rows: Sequence[Mapping[str, Any]], kept: Sequence[Any]) -> dict[str, int]:
+        """What became of the parts of a side's examples, beyond their tokens; empty where they have none.
+
+        Args:
+            rows: the examples of the side.
+            kept: what of them is used, encoded.
+        """
+        return {}
+
+    def notes(self) -> dict[str, float]:
+        """What the last update says for the history, by name."""
+        return {}
+
+    def card_facts(self) -> dict[str, Any]:
+        """Further fields of the model's card."""
+        return {}
+
+    def finish(self) -> None:
+        """Take from the trained model what only training needed."""
 
     def template_faults(self, rows: Sequence[Mapping[str, Any]]) -> list[str]:
         """What the chat template does to these examples that it must not."""
@@ -91,3 +156,9 @@ def choose_attention(objective: Objective, max_length: int) -> None:
         packed.use(objective.model)
     elif max_length <= _PLAIN_ATTENTION_TOKENS:
         objective.model.set_attn_implementation("eager")
+
+
+def stop_packing(model: Any, max_length: int) -> None:
+    """Switch a model that packs back to padded rows: a soft prompt is read once at the start of a row."""
+    if packed.possible(model) and packed.used(model):
+        model.set_attn_implementation("eager" if max_length <= _PLAIN_ATTENTION_TOKENS else "sdpa")

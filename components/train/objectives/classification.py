@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,8 @@ from typing import Any
 from components.shared import causal
 from components.shared.errors import StageStopped
 from components.shared.tasks import Task
-from components.train.objectives.base import Objective, base_settings
+from components.train.objectives import texts
+from components.train.objectives.base import Objective
 
 log = logging.getLogger("tuneyard.train")
 
@@ -32,21 +34,18 @@ class Classification(Objective):
 
     task: Task = "classification"
 
-    def __init__(self, folder: Path, labels: Sequence[str], dropout: float | None = None) -> None:
-        from transformers import AutoModelForSequenceClassification, AutoTokenizer
-
+    def __init__(
+        self,
+        folder: Path,
+        labels: Sequence[str],
+        dropout: float | None = None,
+        weights: Mapping[str, float] | None = None,
+    ) -> None:
         self.labels = list(labels)
         self._index = {label: index for index, label in enumerate(labels)}
-        self.tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        if self.tokenizer.pad_token_id is None:
-            self.tokenizer.pad_token = self.tokenizer.eos_token
-        settings = base_settings(folder, dropout)
-        settings.id2label = dict(enumerate(labels))  # how many there are goes by this
-        settings.label2id = self._index
-        self.model = AutoModelForSequenceClassification.from_pretrained(
-            folder, config=settings, local_files_only=True, use_safetensors=True
-        ).to(causal.device())
-        self.model.config.pad_token_id = self.tokenizer.pad_token_id
+        self._weights = [weights[label] for label in labels] if weights else None
+        self.tokenizer = texts.open_tokenizer(folder)
+        self.model = texts.open_headed(folder, self.tokenizer, self.labels, dropout)
 
     def usable(self, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         """Rows whose label train has; another label cannot be scored."""
@@ -59,29 +58,25 @@ class Classification(Objective):
 
     def encode(self, example: Mapping[str, Any]) -> Labelled:
         """See Objective."""
-        ids = self.tokenizer(example["text"], truncation=False, verbose=False)["input_ids"]
-        return Labelled(ids, self._index[example["label"]])
+        return Labelled(texts.token_ids(self.tokenizer, example["text"]), self._index[example["label"]])
 
     def shorten(self, encoded: Labelled, max_length: int) -> Labelled | None:
-        """Cut the end of the text as the tokenizer does when serving: the last special token stays."""
-        last = encoded.ids[-1:] if encoded.ids[-1] in self.tokenizer.all_special_ids else []
-        return Labelled([*encoded.ids[: max_length - len(last)], *last], encoded.label)
+        """Cut the end of the text."""
+        return Labelled(texts.cut(self.tokenizer, encoded.ids, max_length), encoded.label)
 
     def terms(self, encoded: Labelled) -> int:
         """One label."""
         return 1
 
     def summed_loss(self, batch: Sequence[Labelled], label_smoothing: float) -> Any:
-        """See Objective."""
+        """See Objective; class weights multiply each text's loss, on eval too."""
         import torch
 
-        inputs = self.tokenizer.pad({"input_ids": [e.ids for e in batch]}, return_tensors="pt").to(
-            causal.device()
-        )
+        logits = self.model(**texts.padded(self.tokenizer, [e.ids for e in batch])).logits.float()
         targets = torch.tensor([e.label for e in batch], device=causal.device())
-        logits = self.model(**inputs).logits.float()
+        weight = None if self._weights is None else logits.new_tensor(self._weights)
         return torch.nn.functional.cross_entropy(
-            logits, targets, reduction="sum", label_smoothing=label_smoothing
+            logits, targets, weight, reduction="sum", label_smoothing=label_smoothing
         )
 
 
@@ -97,3 +92,28 @@ def labels_of(rows: Sequence[Mapping[str, Any]]) -> list[str]:
             f"classification needs two labels or more; train has {labels}", "check ingest.columns"
         )
     return labels
+
+
+def class_weights(rows: Sequence[Mapping[str, Any]], asked: str | Mapping[str, float]) -> dict[str, float]:
+    """Weight of each class; 1 on average over train, so that the learning rate keeps its meaning.
+
+    Args:
+        rows: the train examples.
+        asked: `balanced`, by which all classes weigh alike in sum: examples / (classes x examples of the
+            class); or label -> weight, 1 where a label is not named.
+
+    Raises:
+        StageStopped: a label that train does not have.
+    """
+    counts = Counter(row["label"] for row in rows)
+    if isinstance(asked, str):
+        return {label: len(rows) / (len(counts) * count) for label, count in counts.items()}
+    strange = sorted(set(asked) - set(counts))
+    if strange:
+        raise StageStopped(
+            f"train.objective.class_weights names {strange}; the labels of train are {sorted(counts)}",
+            "spell the labels as the corpus does",
+        )
+    given = {label: float(asked.get(label, 1.0)) for label in counts}
+    mean = sum(given[label] * count for label, count in counts.items()) / len(rows)
+    return {label: weight / mean for label, weight in given.items()}

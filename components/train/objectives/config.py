@@ -16,12 +16,90 @@ class SftObjective(Settings):
 
 
 class ClassificationObjective(Settings):
-    """One label out of several for a text."""
+    """One label out of several for a text.
+
+    Args:
+        class_weights: what each text's loss is multiplied by, for classes that are rare: `balanced` (all
+            classes weigh alike in sum; after King and Zeng 2001), or {label: weight}, 1 where not named. They
+            are scaled to 1 on average over train; null: none.
+    """
 
     kind: Literal["classification"]
+    class_weights: Literal["balanced"] | dict[str, Annotated[float, Field(gt=0)]] | None = None
+
+
+class RegressionObjective(Settings):
+    """A number for a text; it is learnt in deviations from train's mean, and comes out in the data's units.
+
+    Args:
+        loss: `mse`, the squared error, or `huber`, which is linear beyond `huber_delta`, so that a few wild
+            scores do not decide (Huber 1964, section 3).
+        huber_delta: in standard deviations of train's scores.
+    """
+
+    kind: Literal["regression"]
+    loss: Literal["mse", "huber"] = "mse"
+    huber_delta: float = Field(1.0, gt=0)
+
+
+class TokenClassificationObjective(Settings):
+    """Entities of a text, as BIO tags of its words (Ramshaw and Marcus 1995, arXiv:cmp-lg/9505040)."""
+
+    kind: Literal["token-classification"]
+
+
+class ContrastiveObjective(Settings):
+    """Vectors that are near for texts that belong together: InfoNCE (arXiv:1807.03748).
+
+    The other pairs of an optimizer update are the negatives of each: per_device_batch_size x
+    gradient_accumulation_steps of them.
+
+    Args:
+        temperature: cosines are divided by it; 0.05 is that of SimCSE (Gao et al. 2021, arXiv:2104.08821).
+        symmetric: also find the anchor for each positive.
+    """
+
+    kind: Literal["contrastive"]
+    temperature: float = Field(0.05, gt=0)
+    symmetric: bool = False
+
+
+class TaskHead(Settings):
+    """One task of several.
+
+    Args:
+        head: `classification` (labels are names) or `regression` (labels are numbers).
+        weight: its loss is multiplied by it.
+    """
+
+    head: Literal["classification", "regression"] = "classification"
+    weight: float = Field(1.0, gt=0)
+
+
+class MultiTaskObjective(Settings):
+    """Several classifications and regressions on one encoder.
+
+    Args:
+        tasks: name of a task in the data -> its head; one that is not named is a classification of weight 1.
+        weighting: `fixed`, or `uncertainty`: weights learn beside the model (arXiv:1705.07115).
+        gradients: `sum`, or `pcgrad`: what points against another task's gradient is projected away first
+            (arXiv:2001.06782); it holds a gradient for each task.
+        conditioning: `none`, or `name`: the encoder reads the task's name before the text.
+    """
+
+    kind: Literal["multi-task"]
+    tasks: dict[str, TaskHead] = Field(default_factory=dict)
+    weighting: Literal["fixed", "uncertainty"] = "fixed"
+    gradients: Literal["sum", "pcgrad"] = "sum"
+    conditioning: Literal["none", "name"] = "none"
 
 
 ObjectiveConfig = Annotated[
-    SftObjective | ClassificationObjective,
+    SftObjective
+    | ClassificationObjective
+    | RegressionObjective
+    | TokenClassificationObjective
+    | ContrastiveObjective
+    | MultiTaskObjective,
     Field(discriminator="kind"),
 ]

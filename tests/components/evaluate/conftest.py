@@ -79,6 +79,11 @@ def write_dataset():
 
 
 @pytest.fixture
+def make_artifact():
+    return artifact
+
+
+@pytest.fixture
 def context(tmp_path) -> Context:
     # The store is never asked: the base models of these tests are local folders.
     store = Store("s3://none", tmp_path / "cache")

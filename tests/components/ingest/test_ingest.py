@@ -147,3 +147,71 @@ def test_an_unknown_format_says_which_are_known(run, tmp_path):
         run(tmp_path / "corpus.docx")
     with pytest.raises(TuneyardError, match="zst"):
         next(read(tmp_path / "corpus.docx"))
+
+
+@pytest.mark.parametrize(
+    ("form", "row", "example"),
+    [
+        ("scored-text", {"text": " a ", "score": "3.5"}, {"text": "a", "score": 3.5}),
+        (
+            "tagged-text",
+            {"text": "  Acme\u200b pays", "entities": [{"start": 2, "end": 6, "label": "FIRM"}]},
+            {"text": "Acme pays", "entities": [{"start": 0, "end": 4, "label": "FIRM"}]},
+        ),
+        (
+            "text-pair",
+            {"anchor": "a", "positive": "b", "negative": None},
+            {"anchor": "a", "positive": "b"},
+        ),
+        (
+            "task-text",
+            {"task": "price", "text": "a", "label": 3},
+            {"task": "price", "text": "a", "label": "3"},
+        ),
+    ],
+)
+def test_rows_of_encoders_become_examples(run, tmp_path, form, row, example):
+    source = tmp_path / "corpus.jsonl"
+    source.write_text(json.dumps(row))
+    _, (kept,), quarantine = run(source, format=form, columns={})
+    assert {name: kept[name] for name in example} == example and not quarantine
+    assert set(kept) - set(example) <= {"id", "origin", "original"}
+
+
+@pytest.mark.parametrize(
+    ("form", "row", "field", "reason"),
+    [
+        ("scored-text", {"text": "a", "score": "high"}, "score", "wrong_type"),
+        ("scored-text", {"text": "a", "score": True}, "score", "wrong_type"),
+        ("scored-text", {"text": "a", "score": "nan"}, "score", "wrong_type"),
+        (
+            "tagged-text",
+            {"text": "Acme", "entities": [{"start": 0, "end": 9, "label": "F"}]},
+            "entities[0]",
+            "bad_span",
+        ),
+        (
+            "tagged-text",
+            {
+                "text": "Acme pays",
+                "entities": [{"start": 0, "end": 4, "label": "F"}, {"start": 3, "end": 6, "label": "G"}],
+            },
+            "entities",
+            "bad_span",
+        ),
+        ("tagged-text", {"text": "Acme", "entities": "Acme"}, "entities", "wrong_type"),
+        ("text-pair", {"anchor": "a"}, "positive", "missing_field"),
+        ("task-text", {"task": "", "text": "a", "label": "b"}, "task", "empty_field"),
+    ],
+)
+def test_a_row_that_is_no_example_of_an_encoder_is_quarantined(run, tmp_path, form, row, field, reason):
+    good = {
+        "scored-text": {"text": "a", "score": 1},
+        "tagged-text": {"text": "a", "entities": []},
+        "text-pair": {"anchor": "a", "positive": "b"},
+        "task-text": {"task": "t", "text": "a", "label": "b"},
+    }[form]
+    source = tmp_path / "corpus.jsonl"
+    source.write_text(f"{json.dumps(good)}\n{json.dumps(row)}")
+    _, kept, (bad,) = run(source, format=form, columns={})
+    assert len(kept) == 1 and (bad["line"], bad["field"], bad["reason"]) == (2, field, reason)

@@ -14,6 +14,7 @@ from components.train import checkpoint, ranks
 from components.train.adapters.applying import apply_adapter
 from components.train.config import TrainConfig
 from components.train.fit import fit
+from components.train.objectives.opening import open_objective
 from components.train.objectives.sft import Sft
 
 
@@ -42,13 +43,14 @@ def main() -> None:
     if mistaken == "mean-of-means":
         ours = MeanOfMeans(ours.rank, ours.count)
     torch.manual_seed(config.seed)
-    sft = Sft(base, "float32")
-    apply_adapter(sft, config)
-    encoded = [sft.encode(row) for row in given["rows"]]
+    plain = config.objective.kind == "sft"
+    made = Sft(base, "float32") if plain else open_objective(config, given["rows"], base)
+    apply_adapter(made, config)
+    encoded = [made.encode(row) for row in given["rows"]]
     folder = Path(out) / f"rank-{ours.rank}"
     folder.mkdir(parents=True)
-    state = fit(sft, encoded[4:], encoded[:4], config, "float32", folder, lambda *_: None, ours)
-    save_file(checkpoint.copy_weights(sft.model), folder / "weights.safetensors")
+    state = fit(made, encoded[4:], encoded[:4], config, "float32", folder, lambda *_: None, ours)
+    save_file(checkpoint.copy_weights(made.model), folder / "weights.safetensors")
     (folder / "history.json").write_text(json.dumps([state.base_loss, state.history]))
     ranks.part(ours)
 

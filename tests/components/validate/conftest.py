@@ -36,6 +36,22 @@ def make(kind: str, seed: int) -> dict:
                 *({"role": r, "content": c} for r, c in turns),
             ]
         }
+    match kind:
+        case "scored-text":
+            return {"text": answer, "score": 50.0 + seed % 17}
+        case "tagged-text":
+            spans = [{"start": 0, "end": 2, "label": "WORD"}, {"start": 2, "end": 4, "label": "NEXT"}]
+            return {"text": f"甲乙丙丁{answer}", "entities": spans}
+        case "text-pair":
+            hard = {"negative": prose(seed + 20_000, 20)} if seed % 2 else {}
+            return {"anchor": question, "positive": answer, **hard}
+        case "task-text":
+            task = ("mood", "price")[seed % 2]
+            return {
+                "task": task,
+                "text": answer,
+                "label": {"mood": "+-"[seed % 4 // 2], "price": f"{seed}"}[task],
+            }
     return {"text": answer, "label": ("acq", "earn", "grain")[seed % 3]}
 
 

