@@ -8,6 +8,7 @@ tensors, which its compiler traces with, do the arithmetic on shapes.)
 from __future__ import annotations
 
 import contextlib
+import functools
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
@@ -50,11 +51,17 @@ class Live:
 @contextlib.contextmanager
 def shapes_only() -> Iterator[Live]:
     """Within the block tensors of floating point have no bytes, and the storages of all are counted."""
+    live = Live()
+    with _fake(), _mode(live), _plain_conversion():
+        yield live
+
+
+@functools.cache
+def _fake() -> Any:
+    """One mode for all dry runs of a process: a table that some code keeps belongs to the mode it was made in."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    live = Live()
-    with FakeTensorMode(allow_non_fake_inputs=True), _mode(live), _plain_conversion():
-        yield live
+    return FakeTensorMode(allow_non_fake_inputs=True)
 
 
 @contextlib.contextmanager

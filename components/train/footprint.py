@@ -11,7 +11,7 @@ from components.shared import causal
 from components.train import checkpoint
 from components.train.adapters.applying import apply_adapter, weight_counts
 from components.train.config import TrainConfig
-from components.train.data import fit_lengths, schedule_batches
+from components.train.data import fit_lengths, schedule_batches, total_steps
 from components.train.dryrun import Live, no_weights_read, shapes_only
 from components.train.fit import eval_loss
 from components.train.objectives.base import Objective
@@ -38,6 +38,8 @@ class Footprint:
         load_bytes: of tensors and files, while the base is read.
         host_bytes: of the process besides; 0 on a GPU.
         batch_tokens: of the micro-batch that was run.
+        tokens_per_example: on average.
+        loss_share: of the tokens that the vocabulary projection sees, 0-1.
     """
 
     total_weights: int
@@ -48,6 +50,8 @@ class Footprint:
     load_bytes: int
     host_bytes: int
     batch_tokens: int
+    tokens_per_example: float
+    loss_share: float
 
     @property
     def process_bytes(self) -> int:
@@ -80,10 +84,13 @@ def predict(
             )
             if hasattr(objective.model, "enable_input_require_grads"):
                 objective.model.enable_input_require_grads()
-        moving, total = weight_counts(objective, config)
+        steps = total_steps(len(rows), config)
+        moving, total = weight_counts(objective, config, steps)
         encoded, _ = fit_lengths(rows, objective.encode, objective.shorten, config)
         batches = heaviest(encoded, objective, config)
         peak, held = _update(objective, config, batches, live)
+    tokens = sum(map(len, encoded))
+    predicted = sum(map(objective.terms, encoded)) if objective.task == "causal-lm" else 0
     on_cpu = causal.device().type == "cpu"
     return Footprint(
         total_weights=total,
@@ -94,6 +101,8 @@ def predict(
         load_bytes=loaded + (file_bytes if on_cpu else 0),
         host_bytes=HOST_BYTES if on_cpu else 0,
         batch_tokens=max(sum(map(len, batch)) for batch in batches),
+        tokens_per_example=tokens / len(encoded),
+        loss_share=predicted / tokens,
     )
 
 
