@@ -91,7 +91,7 @@ def work(
     body_weights: int,
     vocabulary_weights: int,
 ) -> Work:
-    """Arithmetic of a run: 2 FLOP a weight and token forward, 2 for the gradient of the states, 2 for weights.
+    """Arithmetic of a run: 2 FLOP a weight and token forward, 2 for gradients of states, 2 of weights.
 
     Args:
         config: settings.
@@ -167,7 +167,8 @@ def remarks(config: TrainConfig, examples: int, total_weights: int) -> list[str]
         )
     elif total_weights < 100e6 and not full and examples >= 1000:
         found.append(
-            f"{total_weights / 1e6:.0f} million weights: below 100 million full fine-tuning is cheap (it is {kind})"
+            f"{total_weights / 1e6:.0f} million weights: below 100 million full "
+            f"fine-tuning is cheap (it is {kind})"
         )
     low, high = _suited(examples)
     if not low <= total_weights <= high:

@@ -58,7 +58,7 @@ def shapes_only() -> Iterator[Live]:
 
 @functools.cache
 def _fake() -> Any:
-    """One mode for all dry runs of a process: a table that some code keeps belongs to the mode it was made in."""
+    """One mode for all dry runs of a process: a table that code keeps belongs to the mode it was made in."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     return FakeTensorMode(allow_non_fake_inputs=True)

@@ -18,7 +18,7 @@ from components.train.objectives.base import Objective
 from components.train.objectives.opening import open_objective
 from components.train.update import gradients, make_optimizer, step
 
-# Resident memory of the train process on a CPU that is no tensor: Python, PyTorch, transformers, PEFT, MLflow.
+# Resident memory of the train process on a CPU that is no tensor: Python, PyTorch, PEFT, MLflow.
 # Measured by `python -m benchmarks footprint` (docs/figures.md).
 HOST_BYTES = 950 * 2**20
 # What the allocator holds beyond what lives, and kernels' own scratch: a share of what an update allocates.

@@ -28,11 +28,12 @@ def advise(
     ] = "local",
     as_json: Json = False,
 ) -> None:
-    """Say what training a pipeline needs (memory, steps, time, disk, cost), and what would fit if it does not.
+    """Say what training a pipeline needs (memory, steps, time, disk, cost), and what would fit if not.
 
     Example: tuneyard advise sft_legal --gpu h100 --dollars-per-hour 2.5
     """
     from pipelines import advise as advising
+    from pipelines import fits
     from pipelines import sizing
     from pipelines.spec import load
 
@@ -47,7 +48,7 @@ def advise(
         return
     _show(said)
     if not said["memory"]["fits"]:
-        typer.echo(f"\n{advising.unfit(said)}\n  -> {advising.what_would(said)}")
+        typer.echo(f"\n{fits.unfit(said)}\n  -> {fits.what_would(said)}")
 
 
 def _fetch_samples(spec: Any) -> None:

@@ -1,4 +1,4 @@
-"""The dry run holds what a real run holds: its storages are compared with those of the same code on numbers."""
+"""The dry run holds what a real run holds: the same code on numbers is what it is compared with."""
 
 from __future__ import annotations
 
