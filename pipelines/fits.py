@@ -61,8 +61,8 @@ def unfit(said: Mapping[str, Any]) -> str:
     """One sentence on a training that does not fit."""
     memory = said["memory"]
     return (
-        f"train will need {memory['train_gib']} GiB of memory; {memory['limit_is']}: {memory['limit_gib']} GiB "
-        "(nothing has started)"
+        f"train will need {memory['train_gib']} GiB of memory; {memory['limit_is']}: "
+        f"{memory['limit_gib']} GiB (nothing has started)"
     )
 
 
@@ -72,7 +72,7 @@ def what_would(said: Mapping[str, Any]) -> str:
     if ways:
         return f"what would fit: {'; or '.join(ways)}"
     return (
-        "no smaller batch, gradient_checkpointing, lora or qlora fits: try a smaller base_model or max_length"
+        "no smaller batch, gradient_checkpointing, lora or qlora fits: try a smaller base_model"
     )
 
 

@@ -105,7 +105,7 @@ def _mode(live: Live) -> Any:
 
     aten, _made_of_others = torch.ops.aten, torch._C._dispatch_has_kernel_for_dispatch_key
 
-    class Counting(TorchDispatchMode):  # type: ignore[misc]
+    class Counting(TorchDispatchMode):
         """Whole numbers are computed, all others are not."""
 
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -33,8 +33,7 @@ def advise(
     Example: tuneyard advise sft_legal --gpu h100 --dollars-per-hour 2.5
     """
     from pipelines import advise as advising
-    from pipelines import fits
-    from pipelines import sizing
+    from pipelines import fits, sizing
     from pipelines.spec import load
 
     loaded = load(spec, set_ or [])
