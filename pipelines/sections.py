@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from components.evaluate.config import METRICS
+from components.evaluate.config import METRICS, metrics_of
 from components.register.config import BETTER
 from components.shared import examples, tasks
 from components.train.adapters.config import KINDS as ADAPTERS
@@ -43,7 +43,7 @@ def misfits(raw: Mapping[str, Any]) -> Iterator[tuple[tuple[str, ...], str]]:
             ("ingest", "format"),
             f"objective {name} needs {' or '.join(trait.formats)} data (it is {given!r})",
         )
-    yield from _strange_metrics(raw, trait.task)
+    yield from _strange_metrics(raw, trait.task, given if given in trait.formats else trait.formats[0])
 
 
 def _beside_its_base(
@@ -85,19 +85,22 @@ def _not_yet(raw: Mapping[str, Any], task: tasks.Task) -> Iterator[tuple[tuple[s
         yield ("deploy",), what
 
 
-def _strange_metrics(raw: Mapping[str, Any], task: str) -> Iterator[tuple[tuple[str, ...], str]]:
+def _strange_metrics(
+    raw: Mapping[str, Any], task: str, dataset_type: str
+) -> Iterator[tuple[tuple[str, ...], str]]:
     """Gates and comparisons on metrics that an evaluation of this pipeline will not have."""
+    ours = metrics_of(task, dataset_type)
     every = {metric for metrics in METRICS.values() for metric in metrics}
     for metric in map(str, _section(_section(raw, "evaluate"), "gates")):
         if metric in _OF_COMPRESSION and task == "classification" and not _has(raw, "compress"):
             what = "compares the compressed model with the tuned one, and there is no compress section"
             yield ("evaluate", "gates", metric), what
-        elif metric in every and metric not in METRICS[task]:
-            what = f"no metric of a {task} model; its metrics are {', '.join(METRICS[task])}"
+        elif metric in every and metric not in ours:
+            what = f"no metric of a {task} model on {dataset_type} data; its metrics are {', '.join(ours)}"
             yield ("evaluate", "gates", metric), what
     compared = _section(raw, "register").get("compare_by")
-    if isinstance(compared, str) and compared in BETTER and compared not in METRICS[task]:
-        known = ", ".join(name for name in BETTER if name in METRICS[task])
+    if isinstance(compared, str) and compared in BETTER and compared not in ours:
+        known = ", ".join(name for name in BETTER if name in ours)
         yield ("register", "compare_by"), f"{compared} is no metric of a {task} model; choose from {known}"
 
 

@@ -21,14 +21,16 @@ def take(
     inputs: Mapping[str, Artifact],
     context: Context,
     share: Share,
+    kind: sitting.Kind = sitting.CAUSAL,
 ) -> Part:
     """Do a share of the exam: see `sitting.take`.
 
     Raises:
         TuneyardError: the text metrics do not hold for this corpus, or no example fits into the model.
     """
-    text_metrics.self_test([examples.messages(row)[-1]["content"] for row in tests])
-    return sitting.take(config, tests, inputs, context, share)
+    tokenizer = sitting.tokenizer_of(inputs)
+    text_metrics.self_test([sitting.reference(tokenizer, row) for row in tests])
+    return sitting.take(config, tests, inputs, context, share, kind)
 
 
 def judge(
@@ -37,6 +39,7 @@ def judge(
     inputs: Mapping[str, Artifact],
     context: Context,
     parts: Sequence[Part],
+    kind: sitting.Kind = sitting.CAUSAL,
 ) -> Findings:
     """Base and tuned model side by side; `tuned` is the compressed artifact where there is one.
 
@@ -46,12 +49,13 @@ def judge(
         inputs: `model`, and `compressed` where there is that stage.
         context: of the stage.
         parts: what `take` found in every share.
+        kind: of the models.
 
     Raises:
         TuneyardError: the parts do not add up.
     """
     tokenizer = sitting.tokenizer_of(inputs)
-    exam, facts = sitting.prepare(config, tests, tokenizer, parts[0].facts["window_tokens"])
+    exam, facts = sitting.prepare(config, tests, tokenizer, parts[0].facts["window_tokens"], kind)
     base, tuned = sitting.whole("base", exam, parts), sitting.whole("tuned", exam, parts)
     systems = compare(exam, base, tuned)
     ships = sitting.shipped(inputs)

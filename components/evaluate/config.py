@@ -9,7 +9,8 @@ from pydantic import Field, model_validator
 from components.shared.settings import Settings
 
 _COSTS = ("latency_p50_ms", "latency_p95_ms", "texts_per_second", "memory_gib")
-# What a gate may be set on, by the task of a model (ModelCard.task).
+# What a gate may be set on, by the task of a model (ModelCard.task); where that does not decide, also by the
+# dataset type that judges it: see `metrics_of`.
 METRICS: dict[str, tuple[str, ...]] = {
     "causal-lm": (
         "loss",
@@ -22,6 +23,37 @@ METRICS: dict[str, tuple[str, ...]] = {
         "statute_citation_accuracy",
         "latency_p50_ms",
         "latency_p95_ms",
+        "tokens_per_second",
+        "memory_gib",
+    ),
+    "seq2seq": (
+        "loss",
+        "loss_reduction",
+        "perplexity",
+        "exact_match",
+        "rouge_l",
+        "rouge_l_gain",
+        "bleu",
+        "statute_citation_accuracy",
+        "latency_p50_ms",
+        "latency_p95_ms",
+        "tokens_per_second",
+        "memory_gib",
+    ),
+    "masked-lm": (
+        "loss",
+        "loss_reduction",
+        "perplexity",
+        "masked_accuracy",
+        "tokens_per_second",
+        "memory_gib",
+    ),
+    "causal-lm by language-modeling": (
+        "loss",
+        "loss_reduction",
+        "perplexity",
+        "loss_per_character",
+        "perplexity_per_character",
         "tokens_per_second",
         "memory_gib",
     ),
@@ -42,6 +74,11 @@ METRICS: dict[str, tuple[str, ...]] = {
     "embedding": ("recall_at_1", "recall_at_10", "mrr", *_COSTS),
     "multi-task": ("mean_score", "worst_score", *_COSTS),
 }
+
+
+def metrics_of(task: str, dataset_type: str) -> tuple[str, ...]:
+    """The metrics of a model of a task that examples of a dataset type judge."""
+    return METRICS.get(f"{task} by {dataset_type}", METRICS[task])
 
 
 class Bound(Settings):

@@ -10,11 +10,23 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from components.evaluate import answers, classes, gates, page, retrieval, scores, several, spans
+from components.evaluate import (
+    answers,
+    classes,
+    documents,
+    gates,
+    masked,
+    page,
+    retrieval,
+    scores,
+    seq2seq,
+    several,
+    spans,
+)
 from components.evaluate.config import EvaluateConfig
 from components.evaluate.findings import Findings, flat, numbers
 from components.evaluate.slices import keeping
-from components.shared import jsonl
+from components.shared import examples, jsonl
 from components.shared.errors import TuneyardError
 from components.shared.modelcard import ModelCard
 from components.shared.stage import Artifact, Context, Result
@@ -73,25 +85,32 @@ def evaluate(config: EvaluateConfig, inputs: Mapping[str, Artifact], context: Co
 
 
 def task_of(inputs: Mapping[str, Artifact], config: EvaluateConfig) -> Any:
-    """The module that judges a model of this task: its `take` does a share, its `judge` reads all of them.
+    """What judges a model of this task by these tests: its `take` does a share, its `judge` reads all shares.
 
     Raises:
         TuneyardError: a gate is on a metric that this task has not.
     """
     task = ModelCard.read(inputs["model"].path).task
-    gates.refuse_unknown(config.gates, task)
-    match task:
-        case "causal-lm":
+    kind = examples.kind(next(iter(jsonl.read(inputs["test"].path / "examples.jsonl")), {}))
+    gates.refuse_unknown(config.gates, task, kind)
+    match task, kind:
+        case "causal-lm", "language-modeling":
+            return documents
+        case "causal-lm", _:
             return answers
-        case "classification":
+        case "masked-lm", _:
+            return masked
+        case "seq2seq", _:
+            return seq2seq
+        case "classification", _:
             return classes
-        case "regression":
+        case "regression", _:
             return scores
-        case "token-classification":
+        case "token-classification", _:
             return spans
-        case "embedding":
+        case "embedding", _:
             return retrieval
-        case "multi-task":
+        case "multi-task", _:
             return several
 
 

@@ -6,21 +6,22 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from components.evaluate.config import METRICS, Bound
+from components.evaluate.config import Bound, metrics_of
 from components.shared.errors import TuneyardError
 
 
-def refuse_unknown(gates: Mapping[str, Bound], task: str) -> None:
+def refuse_unknown(gates: Mapping[str, Bound], task: str, dataset_type: str) -> None:
     """Check, before any work, that each gate is on a metric of this task.
 
     Raises:
         TuneyardError: some are not; lists the metrics there are.
     """
-    unknown = sorted(set(gates) - set(METRICS[task]))
+    known = metrics_of(task, dataset_type)
+    unknown = sorted(set(gates) - set(known))
     if unknown:
         raise TuneyardError(
             f"evaluate.gates: {', '.join(unknown)} cannot be measured on a {task} model",
-            f"its metrics are {', '.join(METRICS[task])}",
+            f"its metrics on {dataset_type} data are {', '.join(known)}",
         )
 
 

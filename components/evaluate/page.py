@@ -16,12 +16,15 @@ _SHOWN_CLASSES = 30
 
 # Metric -> what a reader calls it, its format, and which way is better (0: neither).
 _METRICS: dict[str, tuple[str, str, int]] = {
-    "loss": ("Loss, nats per answer token", "{:.3f}", -1),
+    "loss": ("Loss, nats per token", "{:.3f}", -1),
     "loss_reduction": ("Loss below the base's", "{:.1%}", 1),
     "perplexity": ("Perplexity", "{:.2f}", -1),
+    "loss_per_character": ("Loss, nats per character", "{:.3f}", -1),
+    "perplexity_per_character": ("Perplexity per character", "{:.3f}", -1),
     "rouge_l": ("ROUGE-L", "{:.3f}", 1),
     "rouge_l_gain": ("ROUGE-L above the base's", "{:+.3f}", 1),
     "bleu": ("BLEU", "{:.3f}", 1),
+    "masked_accuracy": ("Hidden tokens named right", "{:.1%}", 1),
     "exact_match": ("Exact match", "{:.1%}", 1),
     "statute_citation_accuracy": ("Statute cited as in the reference", "{:.1%}", 1),
     "accuracy": ("Accuracy", "{:.2%}", 1),
@@ -66,10 +69,10 @@ def render(document: Mapping[str, Any], findings: Findings) -> str:
     """
     names = [name for name in _ORDER if name in findings.systems]
     shipped = findings.systems[findings.ships]
-    wrong = [row for row in findings.answers if row.get(findings.ships) != row["reference"]]
+    wrong = [row for row in findings.answers if row.get(findings.ships) != row.get("reference")]
     # Where an answer can be nearer or farther, the farthest are shown.
     wrong.sort(key=lambda row: -row.get("off_by", 0))
-    is_causal = document["task"] == "causal-lm"
+    is_causal = document["task"] in ("causal-lm", "seq2seq", "masked-lm")
     return pages.template(_TEMPLATE).render(
         document=document,
         systems=findings.systems,
@@ -77,7 +80,7 @@ def render(document: Mapping[str, Any], findings: Findings) -> str:
         ships=findings.ships,
         metrics=metric_rows(findings, names),
         gates=[{**gate, "title": _title(gate["metric"])} for gate in document["verdict"]["gates"]],
-        answers=findings.answers[:_SHOWN_ANSWERS] if is_causal else [],
+        answers=[row for row in findings.answers[:_SHOWN_ANSWERS] if "prompt" in row] if is_causal else [],
         answered=len(findings.answers),
         mistakes=[] if is_causal else wrong[:_SHOWN_MISTAKES],
         mistaken=len(wrong),

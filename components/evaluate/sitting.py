@@ -11,7 +11,7 @@ from typing import Any
 from components.evaluate import generation, resources
 from components.evaluate.config import EvaluateConfig
 from components.evaluate.slices.share import Part, Share, joined, rows
-from components.shared import causal, chat, examples
+from components.shared import causal, chat
 from components.shared.causal import Encoded
 from components.shared.errors import TuneyardError
 from components.shared.modelcard import ModelCard
@@ -21,6 +21,34 @@ from components.shared.stage import Artifact, Context
 _LONGEST_DEFAULT_ANSWER_TOKENS = 512
 # Padded tokens of one forward pass over answers that are given.
 _BATCH_TOKENS = 4096
+
+
+@dataclass(frozen=True)
+class Kind:
+    """How models of a task are loaded, asked and read.
+
+    Args:
+        encode: (tokenizer, example) -> Encoded.
+        base: (card, store, precision) -> the base model, in eval mode.
+        tuned: (folder, store, precision) -> a model of ours, in eval mode.
+        nats: (model, encoded, batch tokens, done) -> nats of each answer.
+        generate: (model, prompts, end ids, longest answer, batch size, done) -> their answers.
+    """
+
+    encode: Callable[[Any, Mapping[str, Any]], Encoded]
+    base: Callable[..., Any]
+    tuned: Callable[..., Any]
+    nats: Callable[..., list[float]]
+    generate: Callable[..., list[generation.Answer]]
+
+
+CAUSAL = Kind(
+    encode=causal.encode,
+    base=lambda card, store, precision: causal.load_base(card, store, precision),
+    tuned=lambda folder, store, precision: causal.load(folder, store, precision)[0],
+    nats=causal.answer_nats,
+    generate=generation.generate,
+)
 
 
 @dataclass(frozen=True)
@@ -34,6 +62,7 @@ class Exam:
         max_new_tokens: longest answer.
         per_device_batch_size: prompts in one forward pass.
         tokenizer: the tuned model's; writes the answers out.
+        kind: of the models that are asked.
     """
 
     tests: list[Mapping[str, Any]]
@@ -42,11 +71,17 @@ class Exam:
     max_new_tokens: int
     per_device_batch_size: int
     tokenizer: Any
+    kind: Kind = CAUSAL
 
     @property
     def references(self) -> list[str]:
         """What the generated answers should be."""
-        return [examples.messages(row)[-1]["content"] for row in self.tests[: len(self.prompts)]]
+        return [reference(self.tokenizer, row) for row in self.tests[: len(self.prompts)]]
+
+
+def reference(tokenizer: Any, row: Mapping[str, Any]) -> str:
+    """What a model should write: the answer, with what it thinks before it and the tools it calls."""
+    return chat.answer_text(tokenizer, chat.messages(tokenizer, row), row.get("tools")).strip()
 
 
 @dataclass(frozen=True)
@@ -79,6 +114,7 @@ def take(
     inputs: Mapping[str, Artifact],
     context: Context,
     share: Share,
+    kind: Kind = CAUSAL,
 ) -> Part:
     """Do a share of the exam: the losses and the answers of each system.
 
@@ -88,25 +124,25 @@ def take(
         inputs: `model`, and `compressed` where there is that stage.
         context: of the stage.
         share: which batches.
+        kind: of the models.
 
     Raises:
         TuneyardError: no example fits into the model, or the base has changed.
     """
     from transformers import AutoConfig
 
-    card = ModelCard.read(inputs["model"].path)
-    ships = shipped(inputs)
+    card, ships = ModelCard.read(inputs["model"].path), shipped(inputs)
     precision = causal.served_precision(inputs[ships].path)
     settings = AutoConfig.from_pretrained(card.base_model.folder(context.store), local_files_only=True)
     window = getattr(settings.get_text_config(), "max_position_embeddings", None)
-    exam, _ = prepare(config, tests, tokenizer_of(inputs), window)
+    exam, _ = prepare(config, tests, tokenizer_of(inputs), window, kind)
     arrays: dict[str, Any] = {}
     measured: dict[str, dict[str, Any]] = {}
     systems: dict[str, Callable[[], Any]] = {
-        "base": lambda: causal.load_base(card, context.store, precision),
-        "tuned": lambda: causal.load(inputs[ships].path, context.store, precision)[0],
+        "base": lambda: kind.base(card, context.store, precision),
+        "tuned": lambda: kind.tuned(inputs[ships].path, context.store, precision),
     }
-    if not (_loss_batches(exam.encoded, share) or _answer_batches(exam, share)):
+    if not (loss_batches(exam.encoded, share) or _answer_batches(exam, share)):
         # More slices than batches: nothing to load a model for.
         systems = dict.fromkeys(systems, lambda: None)
     for name, load in systems.items():
@@ -117,9 +153,9 @@ def take(
         gc.collect()
     if ships == "compressed":
         answered = exam.encoded[: len(exam.prompts)]
-        wanted = _loss_batches(answered, share)
-        model = causal.load(inputs["model"].path, context.store, precision)[0] if wanted else None
-        arrays |= _losses("uncompressed", model, answered, share)
+        wanted = loss_batches(answered, share)
+        model = kind.tuned(inputs["model"].path, context.store, precision) if wanted else None
+        arrays |= losses("uncompressed", model, answered, share, kind)
         del model
     return Part(arrays, {"window_tokens": window, "precision": precision}, measured)
 
@@ -132,7 +168,11 @@ def tokenizer_of(inputs: Mapping[str, Artifact]) -> Any:
 
 
 def prepare(
-    config: EvaluateConfig, tests: Sequence[Mapping[str, Any]], tokenizer: Any, window_tokens: int | None
+    config: EvaluateConfig,
+    tests: Sequence[Mapping[str, Any]],
+    tokenizer: Any,
+    window_tokens: int | None,
+    kind: Kind = CAUSAL,
 ) -> tuple[Exam, dict[str, Any]]:
     """The exam, and the facts about what did not fit.
 
@@ -142,12 +182,11 @@ def prepare(
     Raises:
         TuneyardError: no example fits.
     """
-    encoded = {row["id"]: causal.encode(tokenizer, row) for row in tests}
+    encoded = {row["id"]: kind.encode(tokenizer, row) for row in tests}
     kept = [row for row in tests if window_tokens is None or len(encoded[row["id"]].answer) < window_tokens]
     if not kept:
         raise TuneyardError(
-            f"each answer of the {len(tests)} test examples is longer than the model's window of "
-            f"{window_tokens} tokens",
+            f"each answer of the {len(tests)} test examples exceeds the window of {window_tokens} tokens",
             "use a base model with a longer context, or shorter answers",
         )
     whole = [encoded[row["id"]] for row in kept]
@@ -159,22 +198,20 @@ def prepare(
 
     cut = [cut_beside(e.prompt, len(e.answer)) for e in whole]
     asked = min(config.max_generated, len(kept))
-    limit = config.max_new_tokens or min(
-        max(len(e.answer) for e in whole[:asked]), _LONGEST_DEFAULT_ANSWER_TOKENS
-    )
+    longest = max(len(e.answer) for e in whole[:asked])
+    limit = config.max_new_tokens or min(longest, _LONGEST_DEFAULT_ANSWER_TOKENS)
     if window_tokens is not None:
         limit = min(limit, window_tokens - 1)
     prompts = [cut_beside(e.prompt, limit) for e in whole[:asked]]
     judged = [Encoded(prompt, e.answer) for prompt, e in zip(cut, whole, strict=True)]
-    exam = Exam(kept, judged, prompts, limit, config.per_device_batch_size, tokenizer)
-    truncated = {
-        "prompts": sum(len(now) < len(e.prompt) for now, e in zip(cut, whole, strict=True)),
-        "left_out": sorted(encoded.keys() - {row["id"] for row in kept}),
-        "of": len(tests),
-        "limit_tokens": window_tokens,
-    }
+    exam = Exam(kept, judged, prompts, limit, config.per_device_batch_size, tokenizer, kind)
     facts = {
-        "truncated": truncated,
+        "truncated": {
+            "prompts": sum(len(now) < len(e.prompt) for now, e in zip(cut, whole, strict=True)),
+            "left_out": sorted(encoded.keys() - {row["id"] for row in kept}),
+            "of": len(tests),
+            "limit_tokens": window_tokens,
+        },
         "answered": asked,
         "max_new_tokens": limit,
         "latency": f"from the start of a batch of {config.per_device_batch_size} prompts to an answer's end",
@@ -182,7 +219,8 @@ def prepare(
     return exam, facts
 
 
-def _loss_batches(encoded: Sequence[Encoded], share: Share) -> list[list[int]]:
+def loss_batches(encoded: Sequence[Encoded], share: Share) -> list[list[int]]:
+    """Which examples are read together in a share."""
     return share.take(list(causal.by_length([len(each) for each in encoded], _BATCH_TOKENS)))
 
 
@@ -190,13 +228,15 @@ def _answer_batches(exam: Exam, share: Share) -> list[list[int]]:
     return share.take(generation.batches(exam.prompts, exam.per_device_batch_size))
 
 
-def _losses(name: str, model: Any, encoded: Sequence[Encoded], share: Share) -> dict[str, Any]:
+def losses(
+    name: str, model: Any, encoded: Sequence[Encoded], share: Share, kind: Kind = CAUSAL
+) -> dict[str, Any]:
     """Nats of the answers in a share, in the batches that one process would make of all of them."""
-    batches = _loss_batches(encoded, share)
+    batches = loss_batches(encoded, share)
     progress = Progress(share.label(f"{name}: loss"), sum(map(len, batches)), "examples")
     nats: list[float] = []
     for batch in batches:
-        nats += causal.answer_nats(model, [encoded[i] for i in batch], _BATCH_TOKENS, progress.advance)
+        nats += kind.nats(model, [encoded[i] for i in batch], _BATCH_TOKENS, progress.advance)
     return rows(f"{name}/nats", [index for batch in batches for index in batch], nats)
 
 
@@ -211,7 +251,7 @@ def _answers(
     started = time.perf_counter()
     for batch in batches:
         prompts = [exam.prompts[index] for index in batch]
-        answers += generation.generate(
+        answers += exam.kind.generate(
             model, prompts, end_ids, exam.max_new_tokens, len(batch), progress.advance
         )
     return [index for batch in batches for index in batch], answers, time.perf_counter() - started
@@ -226,7 +266,7 @@ def sit(name: str, model: Any, exam: Exam, share: Share) -> tuple[dict[str, Any]
     import numpy as np
 
     with resources.peak_memory() as memory:
-        found = _losses(name, model, exam.encoded, share)
+        found = losses(name, model, exam.encoded, share, exam.kind)
         asked, answers, seconds = _answers(name, model, exam, share)
     tokens = np.full((len(answers), exam.max_new_tokens), -1, dtype=np.int64)  # -1: no token
     for row, answer in zip(tokens, answers, strict=True):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import math
 import unicodedata
 from collections.abc import Mapping
@@ -15,7 +16,9 @@ from components.shared import examples
 # Zero-width space, joiners and non-joiner between CJK, word joiner, byte order mark: invisible, and they make
 # equal texts unequal. Tab and line feed are text.
 _INVISIBLE = dict.fromkeys([0x200B, 0x2060, 0xFEFF, *(c for c in range(32) if c not in (9, 10, 13)), 127])
-ROLES = ("system", "user", "assistant")
+ROLES = ("system", "user", "assistant", "tool")
+# Of a message of the role `tool`: whose result it is. Kept where a corpus has it.
+_OF_RESULTS = ("name", "tool_call_id")
 
 
 def normalise(text: str, how: Normalise) -> str:
@@ -52,11 +55,65 @@ def _messages(value: Any, how: Normalise) -> tuple[Any, Any]:
         place = f"messages[{at}]"
         if not isinstance(message, dict) or message.get("role") not in ROLES:
             return None, Fault("wrong_type", place, f"needs a role out of {ROLES} and content")
-        _, content = _text(message.get("content"), f"{place}.content", how)
+        calls = _calls(message.get("tool_calls"), message["role"], place)
+        if isinstance(calls, Fault):
+            return None, calls
+        # Who calls a tool may say nothing beside.
+        said = "" if calls and message.get("content") is None else message.get("content")
+        _, content = _text(said, f"{place}.content", how)
         if isinstance(content, Fault):
             return None, content
-        cleaned.append({"role": message["role"], "content": content})
+        known = {key: message[key] for key in _OF_RESULTS if isinstance(message.get(key), str)}
+        cleaned.append(
+            {"role": message["role"], "content": content}
+            | (known if message["role"] == "tool" else {})
+            | ({"tool_calls": calls} if calls else {})
+        )
     return value, cleaned
+
+
+def _calls(value: Any, role: str, place: str) -> list[dict[str, Any]] | Fault:
+    """Calls of tools as {type, function: {name, arguments}}, the arguments as the object that they spell."""
+    if value is None or value == []:
+        return []
+    if role != "assistant" or not isinstance(value, list):
+        return Fault("wrong_type", f"{place}.tool_calls", "needs a list, in a message of the assistant")
+    found = []
+    for at, call in enumerate(value):
+        function = call.get("function", call) if isinstance(call, dict) else None
+        name, arguments = (
+            function.get(k) if isinstance(function, dict) else None for k in ("name", "arguments")
+        )
+        if not isinstance(_parsed(arguments), dict) or not isinstance(name, str):
+            what = f"needs a function with a name and arguments (an object); is {str(call)[:80]}"
+            return Fault("wrong_type", f"{place}.tool_calls[{at}]", what)
+        found.append({"type": "function", "function": {"name": name, "arguments": _parsed(arguments)}})
+    return found
+
+
+def _tools(value: Any) -> tuple[Any, Any]:
+    """Schemas of tools as {type, function: {name, ...}}: a list, or text that spells one."""
+    tools = _parsed(value)
+    if not isinstance(tools, list):
+        return value, Fault("wrong_type", "tools", "not a list of schemas")
+    found = []
+    for at, tool in enumerate(tools):
+        function = tool.get("function", tool) if isinstance(tool, dict) else None
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            what = f"needs a function with a name; is {str(tool)[:80]}"
+            return value, Fault("wrong_type", f"tools[{at}]", what)
+        found.append({"type": "function", "function": function})
+    return value, found
+
+
+def _parsed(value: Any) -> Any:
+    """The value that text spells as JSON; another value, or text that spells none, as it is."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except ValueError:
+        return value
 
 
 def _number(value: Any, name: str) -> tuple[Any, Any]:
@@ -121,6 +178,8 @@ def field_value(
     match examples.NOT_TEXT.get(name):
         case "messages":
             return _messages(value, how)
+        case "tools":
+            return _tools(value)
         case "number":
             return _number(value, name)
         case "spans":

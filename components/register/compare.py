@@ -10,15 +10,27 @@ from typing import Any
 from components.register.config import BETTER
 
 # Over every test example; the other metrics are over the answers that were generated for some of them.
-_OVER_ALL_EXAMPLES = {"loss", "perplexity", "loss_reduction", "accuracy", "macro_f1", "auc"}
+_OVER_ALL_EXAMPLES = {
+    "loss",
+    "perplexity",
+    "loss_reduction",
+    "loss_per_character",
+    "perplexity_per_character",
+    "masked_accuracy",
+    "accuracy",
+    "macro_f1",
+    "auc",
+}
 _USUAL = {
     "causal-lm": "loss",
+    "seq2seq": "loss",
+    "masked-lm": "loss",
     "regression": "rmse",
     "token-classification": "entity_f1",
     "embedding": "mrr",
     "multi-task": "mean_score",
 }
-_BY_TOKEN = {"loss", "perplexity", "loss_reduction"}
+_BY_TOKEN = {"loss", "perplexity", "loss_reduction", "masked_accuracy"}
 
 
 @dataclass(frozen=True)

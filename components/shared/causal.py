@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from components.shared import addons, chat, clock, examples, packed
+from components.shared import addons, chat, clock, packed
 from components.shared.addons import Addon
+from components.shared.encoded import Encoded as Encoded
+from components.shared.encoded import cut_prompt as cut_prompt
+from components.shared.encoded import encode as encode
+from components.shared.encoded import shorten as shorten
 from components.shared.errors import TuneyardError
 from components.shared.loss import token_nats
 from components.shared.modelcard import ModelCard
@@ -22,34 +25,6 @@ from components.shared.store import Store
 
 Precision = Literal["float32", "bfloat16"]
 IGNORED = -100
-
-
-@dataclass(frozen=True)
-class Encoded:
-    """Token ids of one example: what the model is given, and what it must answer."""
-
-    prompt: list[int]
-    answer: list[int]
-
-    def __len__(self) -> int:
-        return len(self.prompt) + len(self.answer)
-
-
-def encode(tokenizer: Any, example: Mapping[str, Any]) -> Encoded:
-    """Token ids of a prompt-completion or conversational example; the answer is its last message."""
-    *before, last = examples.messages(example)
-    return Encoded(chat.prompt_ids(tokenizer, before), chat.answer_ids(tokenizer, last["content"]))
-
-
-def cut_prompt(prompt: Sequence[int], room: int, bos_id: int | None) -> list[int]:
-    """The end of a prompt in `room` tokens (one at least), behind its beginning-of-sequence token if any.
-
-    A model that always saw that token first answers badly without it.
-    """
-    if len(prompt) <= room:
-        return list(prompt)
-    head = list(prompt[:1]) if room > 1 and prompt[0] == bos_id else []
-    return [*head, *prompt[len(prompt) - room + len(head) :]]
 
 
 def preferred_precision(setting: str) -> Precision:
@@ -162,13 +137,16 @@ def pad(batch: Sequence[Encoded], pad_id: int) -> dict[str, Any]:
     """Right-padded tensors of a batch.
 
     Returns:
-        `input_ids`, `attention_mask`, `labels`, each [batch, longest]; labels are IGNORED except at answers.
+        `input_ids`, `attention_mask`, `labels`, each [batch, longest]; labels are IGNORED where no loss is.
     """
     import torch
 
     longest = max(map(len, batch))
     rows = [[*e.prompt, *e.answer, *[pad_id] * (longest - len(e))] for e in batch]
-    labels = [[*[IGNORED] * len(e.prompt), *e.answer, *[IGNORED] * (longest - len(e))] for e in batch]
+    labels = [[IGNORED] * longest for _ in batch]
+    for e, label in zip(batch, labels, strict=True):
+        for at, token in zip(e.places, e.targets, strict=True):
+            label[at] = token
     mask = [[1] * len(e) + [0] * (longest - len(e)) for e in batch]
     return {
         "input_ids": torch.tensor(rows, device=device()),
@@ -185,7 +163,7 @@ def body_and_head(model: Any) -> tuple[Any, Any, float]:
 
 
 def answer_states(model: Any, batch: Sequence[Encoded], pad_id: int) -> tuple[Any, Any]:
-    """Last hidden states at the positions that predict an answer token.
+    """Last hidden states at the positions that predict a token with loss.
 
     Args:
         model: causal model, PEFT or not; examples are laid end to end where it takes them so (packed.py).
@@ -193,7 +171,7 @@ def answer_states(model: Any, batch: Sequence[Encoded], pad_id: int) -> tuple[An
         pad_id: token that fills up the shorter ones otherwise.
 
     Returns:
-        states [answer tokens, width] and their targets [answer tokens], in batch order.
+        states [tokens with loss, width] and their targets [tokens with loss], in batch order.
     """
     body, _, _ = body_and_head(model)
     if packed.used(model):
@@ -207,12 +185,12 @@ def answer_states(model: Any, batch: Sequence[Encoded], pad_id: int) -> tuple[An
 
 
 def _predicting(batch: Sequence[Encoded]) -> tuple[Any, Any]:
-    """Places in the laid row whose state predicts an answer token, and those tokens."""
+    """Places in the laid row whose state predicts a token with loss, and those tokens."""
     import torch
 
-    ends = itertools.accumulate(map(len, batch))
-    places = [at - 1 for end, e in zip(ends, batch, strict=True) for at in range(end - len(e.answer), end)]
-    targets = [token for e in batch for token in e.answer]
+    starts = itertools.accumulate(map(len, batch[:-1]), initial=0)
+    places = [start + at - 1 for start, e in zip(starts, batch, strict=True) for at in e.places]
+    targets = [token for e in batch for token in e.targets]
     return torch.tensor(places, device=device()), torch.tensor(targets, device=device())
 
 
@@ -250,7 +228,7 @@ def answer_nats(
         with clock.arithmetic(), torch.inference_mode():
             states, targets = answer_states(model, [encoded[i] for i in indices], 0)
             losses = token_nats(states, head, cap, targets).cpu()
-        for index, part in zip(indices, losses.split([len(encoded[i].answer) for i in indices]), strict=True):
+        for index, part in zip(indices, losses.split([encoded[i].terms for i in indices]), strict=True):
             nats[index] = float(part.double().sum())
         done(len(indices))
     return nats
@@ -258,4 +236,4 @@ def answer_nats(
 
 def token_count(encoded: Iterable[Encoded]) -> int:
     """Tokens that carry loss."""
-    return sum(len(e.answer) for e in encoded)
+    return sum(e.terms for e in encoded)

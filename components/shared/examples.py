@@ -36,14 +36,16 @@ REQUIRED: dict[str, tuple[str, ...]] = {
     "task-text": ("task", "text", "label"),
 }
 OPTIONAL: dict[str, tuple[str, ...]] = {
-    "prompt-completion": ("system",),
+    "prompt-completion": ("system", "reasoning"),
+    "conversational": ("tools",),
     "prompt-only": ("system",),
     "preference": ("system",),
     "text-pair": ("negative",),
 }
 # What a field holds; text where it is not named here.
-NOT_TEXT: dict[str, Literal["messages", "number", "spans"]] = {
+NOT_TEXT: dict[str, Literal["messages", "tools", "number", "spans"]] = {
     "messages": "messages",
+    "tools": "tools",
     "score": "number",
     "entities": "spans",
 }
@@ -59,7 +61,13 @@ def content(example: Mapping[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in example.items() if k not in ("id", "origin", "extra", "original")}
 
 
-def messages(example: Mapping[str, Any]) -> list[dict[str, str]]:
+def kind(example: Mapping[str, Any]) -> str:
+    """The dataset type of an example, by its fields: of those that it has all of, the one with the most."""
+    fitting = [name for name, needed in REQUIRED.items() if set(needed) <= example.keys()]
+    return max(fitting, key=lambda name: len(REQUIRED[name]), default="")
+
+
+def messages(example: Mapping[str, Any]) -> list[dict[str, Any]]:
     """A prompt-completion or conversational example as chat messages; the last one is the assistant's."""
     if "messages" in example:
         return list(example["messages"])

@@ -11,9 +11,26 @@ from typing import Literal
 
 from components.shared.examples import DatasetType
 
-Task = Literal["causal-lm", "classification", "regression", "token-classification", "embedding", "multi-task"]
+Task = Literal[
+    "causal-lm",
+    "masked-lm",
+    "seq2seq",
+    "classification",
+    "regression",
+    "token-classification",
+    "embedding",
+    "multi-task",
+]
 ObjectiveKind = Literal[
-    "sft", "classification", "regression", "token-classification", "contrastive", "multi-task"
+    "sft",
+    "language-modeling",
+    "masked-language-modeling",
+    "seq2seq",
+    "classification",
+    "regression",
+    "token-classification",
+    "contrastive",
+    "multi-task",
 ]
 # What compress can make smaller, and what the model server answers with.
 COMPRESSED: tuple[Task, ...] = ("causal-lm", "classification")
@@ -28,6 +45,7 @@ class Trait:
         task: of the model that comes out.
         formats: dataset types it learns from; the first is meant where a pipeline file names none.
         adapter: which weights move where a pipeline file says nothing.
+        splits: whether train.over_length may be `split`, which it then is where a pipeline file says nothing.
         stratify_by: field whose shares all sides keep where a pipeline file says nothing; None for none.
         smooths: whether train.label_smoothing means anything to it.
     """
@@ -36,11 +54,15 @@ class Trait:
     formats: tuple[DatasetType, ...]
     adapter: Literal["lora", "full"] = "full"
     stratify_by: str | None = None
+    splits: bool = False
     smooths: bool = True
 
 
 OBJECTIVES: dict[str, Trait] = {
     "sft": Trait("causal-lm", ("prompt-completion", "conversational"), adapter="lora"),
+    "language-modeling": Trait("causal-lm", ("language-modeling",), adapter="lora", splits=True),
+    "masked-language-modeling": Trait("masked-lm", ("language-modeling",), splits=True),
+    "seq2seq": Trait("seq2seq", ("prompt-completion",)),
     "classification": Trait("classification", ("labelled-text",), stratify_by="label"),
     "regression": Trait("regression", ("scored-text",), smooths=False),
     "token-classification": Trait("token-classification", ("tagged-text",)),

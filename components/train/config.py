@@ -42,7 +42,8 @@ class TrainConfig(Settings):
         dropout: of the base model's own layers, in training; None keeps what its config.json says.
         max_length: tokens of an example.
         over_length: what happens to a longer one: `drop` it, `truncate_prompt` from its left (an answer is
-            never cut), or stop with an `error`. Each is counted with its origin.
+            never cut), `split` it into pieces that lose nothing (language-modeling alone; usual there), or
+            stop with an `error`. Each is counted with its origin.
         max_over_length: largest fraction (0-1) of train that may be dropped or cut.
         precision: `auto` is bfloat16 where the processor computes in it, else float32.
         gradient_checkpointing: trade a third more arithmetic for activation memory.
@@ -70,7 +71,7 @@ class TrainConfig(Settings):
     label_smoothing: float = Field(0.0, ge=0, lt=1)
     dropout: float | None = Field(None, ge=0, lt=1)
     max_length: int = Field(512, ge=8)
-    over_length: Literal["drop", "truncate_prompt", "error"] = "drop"
+    over_length: Literal["drop", "truncate_prompt", "split", "error"] = "drop"
     max_over_length: float = Field(0.05, ge=0, le=1)
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     gradient_checkpointing: bool = False
@@ -95,16 +96,27 @@ class TrainConfig(Settings):
         for axis in ("objective", "adapter"):
             if isinstance(filled.get(axis), str):
                 filled[axis] = {"kind": filled[axis]}
+        usual = tasks.trait(filled.get("objective"))
         if filled.get("adapter") is None:
-            usual = tasks.trait(filled.get("objective"))
             filled["adapter"] = {"kind": usual.adapter if usual else "full"}
         if filled.get("learning_rate") is None:
             adapter = filled["adapter"]
             kind = adapter.get("kind") if isinstance(adapter, dict) else getattr(adapter, "kind", None)
             filled["learning_rate"] = KINDS[kind if kind in KINDS else "full"].usual_rate
+        if filled.get("over_length") is None and usual:
+            filled["over_length"] = "split" if usual.splits else "drop"
         if filled.get("epochs") is None and filled.get("max_steps") is None:
             filled["epochs"] = 3.0
         return filled
+
+    @model_validator(mode="after")
+    def _over_length(self) -> TrainConfig:
+        splits = tasks.OBJECTIVES[self.objective.kind].splits
+        impossible = "truncate_prompt" if splits else "split"
+        if self.over_length == impossible:
+            why = "a document has no prompt" if splits else "the parts of an answer are no examples"
+            raise ValueError(f"over_length {impossible} is not for {self.objective.kind}: {why}; use drop")
+        return self
 
     @model_validator(mode="after")
     def _keys_kept(self) -> TrainConfig:

@@ -23,25 +23,32 @@ class Ledger:
     """What became of every example and its tokens; the counts add up to what came in.
 
     Args:
-        counts: `kept`, `cut`, `dropped` -> examples.
+        counts: `kept`, `cut`, `split`, `dropped` -> examples.
         tokens: `kept`, `removed` -> tokens.
-        rows: one for each example that was not kept whole: id, origin, action, tokens, max_length.
+        rows: one for each example that was not kept whole: id, origin, action, tokens, max_length, and
+            `pieces` of one that was split.
+        pieces: that came out of those that were split.
         parts: what became of the parts of examples where they have some (entities -> how many).
     """
 
     counts: Counter[str] = field(default_factory=Counter)
     tokens: Counter[str] = field(default_factory=Counter)
     rows: list[dict[str, Any]] = field(default_factory=list)
+    pieces: int = 0
     parts: dict[str, int] = field(default_factory=dict)
 
-    def note(self, example: Mapping[str, Any], action: str, before: int, after: int, limit: int) -> None:
-        """Account for one example: `before` tokens came, `after` stay."""
+    def note(
+        self, example: Mapping[str, Any], action: str, before: int, after: int, limit: int, pieces: int = 0
+    ) -> None:
+        """Account for one example: `before` tokens came, `after` stay, in `pieces` if it was split."""
+        self.pieces += pieces
         self.counts[action] += 1
         self.tokens["kept"] += after
         self.tokens["removed"] += before - after
         if action != "kept":
             row = {"id": example["id"], "origin": example["origin"], "action": action}
-            self.rows.append(row | {"tokens": before, "max_length": limit})
+            row |= {"tokens": before, "max_length": limit} | ({"pieces": pieces} if pieces else {})
+            self.rows.append(row)
 
 
 def fit_lengths(
@@ -49,6 +56,7 @@ def fit_lengths(
     encode: Callable[[Mapping[str, Any]], Any],
     shorten: Callable[[Any, int], Any | None],
     config: TrainConfig,
+    split: Callable[[Any, int], list[Any]] | None = None,
 ) -> tuple[list[Any], Ledger]:
     """Encode examples under the over-length policy.
 
@@ -57,6 +65,7 @@ def fit_lengths(
         encode: example -> encoded, with a length in tokens.
         shorten: (encoded, max_length) -> encoded that fits, or None where only the answer would have to give.
         config: max_length, over_length, max_over_length.
+        split: (encoded, max_length) -> pieces that fit and hold all of it, where the policy may be `split`.
 
     Returns:
         The encoded examples that remain, and the ledger.
@@ -69,14 +78,20 @@ def fit_lengths(
         encoded = encode(row)
         before = len(encoded)
         action = "kept"
+        if before > config.max_length and config.over_length == "split" and split is not None:
+            parts = split(encoded, config.max_length)
+            ledger.note(row, "split", before, before, config.max_length, len(parts))
+            kept += parts
+            continue
         if before > config.max_length:
             short = shorten(encoded, config.max_length) if config.over_length == "truncate_prompt" else None
             encoded, action = (short, "cut") if short is not None else (None, "dropped")
         ledger.note(row, action, before, len(encoded) if encoded is not None else 0, config.max_length)
         if encoded is not None:
             kept.append(encoded)
-    touched, total = len(ledger.rows), sum(ledger.counts.values())
-    first = [f"{r['origin']['file']}:{r['origin']['line']} ({r['tokens']} tokens)" for r in ledger.rows[:5]]
+    hurt = [row for row in ledger.rows if row["action"] != "split"]
+    touched, total = len(hurt), sum(ledger.counts.values())
+    first = [f"{r['origin']['file']}:{r['origin']['line']} ({r['tokens']} tokens)" for r in hurt[:5]]
     if touched and (config.over_length == "error" or touched > config.max_over_length * total):
         allowed = 0 if config.over_length == "error" else config.max_over_length
         raise StageStopped(

@@ -145,6 +145,7 @@ def _summary(result: Fit, ledgers: Mapping[str, Ledger], card: ModelCard) -> dic
         "stopped_early": result.stopped_early,
         "examples": {side: dict(kept.counts) for side, kept in ledgers.items()},
         "tokens": {side: dict(kept.tokens) for side, kept in ledgers.items()},
+        "pieces": {side: kept.pieces for side, kept in ledgers.items() if kept.pieces},
         **{side: kept.parts for side, kept in ledgers.items() if kept.parts},
         "trainable_weights": card.trainable_weights,
         "total_weights": card.total_weights,

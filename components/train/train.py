@@ -187,7 +187,9 @@ def _encode(
     """Each side as token ids under the over-length policy, and its ledger."""
     encoded, ledgers = {}, {}
     for side, examples in rows.items():
-        encoded[side], ledgers[side] = fit_lengths(examples, objective.encode, objective.shorten, config)
+        encoded[side], ledgers[side] = fit_lengths(
+            examples, objective.encode, objective.shorten, config, objective.pieces
+        )
         ledgers[side].parts = objective.account(examples, encoded[side])
         if not encoded[side]:
             todo = "see train.max_length and train.over_length"

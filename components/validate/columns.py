@@ -47,7 +47,7 @@ def origin(row: Mapping[str, Any]) -> str:
 def text_columns(dataset_type: str) -> tuple[str, ...]:
     """The columns of a dataset type that hold prose, in reading order."""
     return {
-        "prompt-completion": ("system", "prompt", "completion"),
+        "prompt-completion": ("system", "prompt", "reasoning", "completion"),
         "conversational": ("prompt", "completion"),
         "language-modeling": ("text",),
         "prompt-only": ("system", "prompt"),
@@ -120,8 +120,9 @@ def _conversations(examples: Rows) -> dict[str, list[Any]]:
     columns: dict[str, list[Any]] = {"roles": [], "prompt": [], "completion": [], "empty_messages": []}
     for row in examples:
         messages = _messages(row)
-        contents = [_text(message.get("content")) for message in messages]
-        columns["roles"].append(" ".join(str(message.get("role")) for message in messages))
+        contents = [_text(message.get("content")) or _text(message.get("tool_calls")) for message in messages]
+        roles = ["calls" if message.get("tool_calls") else message.get("role") for message in messages]
+        columns["roles"].append(" ".join(map(str, roles)))
         columns["prompt"].append("\n".join(contents[:-1]))
         columns["completion"].append(contents[-1] if contents else "")
         columns["empty_messages"].append(sum(not content.strip() for content in contents))

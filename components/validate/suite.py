@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 MIN_ROWS = 10
 # Longer than any answer or ruling: a lost quotation mark has swallowed the rest of a CSV file.
 MAX_CHARACTERS = 100_000
+MAX_DOCUMENT_CHARACTERS = 5_000_000  # a whole code of law; training splits it
 MAX_IMBALANCE = 10
 # Tasks with a few fixed answers (LawBench's dispute focus: 0.23 of prompts share one) are legitimate, so this
 # warns; one answer for nine prompts of ten teaches a constant, which loss rewards.
@@ -46,7 +47,10 @@ PLACEHOLDERS = (
     r"(?i)\bas an ai (?:language )?(?:model|assistant)\b",
     r"作为(?:一个|一名)?\s?(?:AI|人工智能)\s?(?:语言)?(?:模型|助手)",
 )
-ROLES = r"^(?:system )?(?:user assistant )*user assistant$"
+# `calls`: the assistant calls tools, whose results follow.
+ROLES = (
+    r"^(?:system )?(?:user (?:calls (?:tool )+)*assistant )*user (?:calls (?:tool )+)*(?:assistant|calls)$"
+)
 
 
 def of(dataset_type: str, table: pd.DataFrame) -> list[Expectation]:
@@ -60,9 +64,10 @@ def of(dataset_type: str, table: pd.DataFrame) -> list[Expectation]:
         return [enough]
     present = [name for name in columns.text_columns(dataset_type) if table[name].notna().any()]
     required = _required(dataset_type)
+    longest = MAX_DOCUMENT_CHARACTERS if dataset_type == "language-modeling" else MAX_CHARACTERS
     found = [
         enough,
-        *(e for name in required for e in written(name, MAX_CHARACTERS)),
+        *(e for name in required for e in written(name, longest)),
         *map(_undamaged, present),
     ]
     match dataset_type:
@@ -140,7 +145,8 @@ def _turns() -> list[Expectation]:
         Expectation(
             "expect_column_values_to_match_regex",
             {"column": "roles", "regex": ROLES},
-            "user and assistant take turns, after a system message or none, and the assistant ends",
+            "user and assistant take turns, after a system message or none, the assistant ends, and results "
+            "of tools follow their call",
             show=("roles", "prompt"),
         ),
         Expectation(

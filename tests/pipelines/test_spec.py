@@ -137,20 +137,35 @@ evaluate:
 """
 
 
+OF_COMPRESSION = ("accuracy_drop_points", "throughput_ratio", "size_ratio")
+TEXTS = GOOD.replace("{prompt: q, completion: a}", "{text: t}")
+# A pipeline file for a key of METRICS whose data are no plain texts.
+OF_METRICS = {
+    "causal-lm": GOOD,
+    "causal-lm by language-modeling": TEXTS.replace("sft", "language-modeling"),
+    "seq2seq": GOOD.replace("sft", "seq2seq"),
+}
+
+
 @pytest.mark.parametrize("task", METRICS)
 @given(st.data())
 def test_a_gate_is_on_what_the_pipeline_can_measure(tmp_path_factory, task, data):
     """Any gate that the spec takes is a metric of its task, and each of the others is named with its line."""
     every = sorted({metric for metrics in METRICS.values() for metric in metrics})
     gates = data.draw(st.lists(st.sampled_from(every), unique=True, min_size=1))
-    compress = task in tasks.COMPRESSED and data.draw(st.booleans())
-    objective = next(kind for kind, trait in tasks.OBJECTIVES.items() if trait.task == task)
-    text = GOOD if task == "causal-lm" else CLASSES[: CLASSES.index("evaluate")]
-    text = text.replace("objective: classification", f"objective: {objective}")
+    model, _, form = task.partition(" by ")
+    # Of others there is no smaller form.
+    compress = model in tasks.COMPRESSED and data.draw(st.booleans())
+    every_kind = tasks.OBJECTIVES.items()
+    kinds = (
+        kind for kind, trait in every_kind if trait.task == model and (not form or form in trait.formats)
+    )
+    text = OF_METRICS.get(task, CLASSES[: CLASSES.index("evaluate")])
+    text = text.replace("objective: classification", f"objective: {next(kinds)}")
     lines = [*text.splitlines(), "evaluate:", "  gates:", *(f"    {metric}: {{max: 1}}" for metric in gates)]
     path = tmp_path_factory.mktemp("gates") / "gates.yaml"
     path.write_text("\n".join(lines + ["compress:"] * compress))
-    without = set() if compress else {"accuracy_drop_points", "throughput_ratio", "size_ratio"}
+    without = set() if compress else set(OF_COMPRESSION)
     good = set(METRICS[task]) - without
     expected = [f"line {lines.index(f'    {m}: {{max: 1}}') + 1}: evaluate.gates.{m}: " for m in gates]
     expected = [start for start, metric in zip(expected, gates, strict=True) if metric not in good]
@@ -172,6 +187,28 @@ def test_a_gate_on_compression_needs_the_stage_and_says_so_among_all_faults(tmp_
     assert register.startswith("line 10: register.compare_by: bleu is no metric of a classification model; ")
     assert register.endswith("choose from accuracy, macro_f1, auc") and "train.epochs" in epochs
     assert load(write(tmp_path, CLASSES + "compress:\nregister: {compare_by: auc}\n"))
+
+
+@pytest.mark.parametrize("objective", ["seq2seq", "masked-language-modeling"])
+def test_stages_that_cannot_take_a_model_yet_are_refused_before_anything_runs(tmp_path, objective):
+    text = (GOOD if objective == "seq2seq" else TEXTS).replace("sft", objective)
+    with pytest.raises(SpecError) as caught:
+        load(write(tmp_path, text + "compress:\nregister:\ndeploy:\n"))
+    compress, deploy = caught.value.faults
+    assert compress.startswith("line 6: compress: there is no smaller form of ")
+    assert deploy.startswith("line 8: deploy: the model server does not serve ")
+    assert load(write(tmp_path, text + "register:\n"))
+
+
+def test_documents_are_split_unless_the_file_says_otherwise(tmp_path):
+    def resolved(text):
+        return load(write(tmp_path, text)).resolved()
+
+    whole = resolved(TEXTS.replace("sft", "language-modeling"))
+    assert (whole["ingest"]["format"], whole["train"]["over_length"]) == ("language-modeling", "split")
+    assert resolved(GOOD)["train"]["over_length"] == "drop"
+    with pytest.raises(SpecError, match="over_length split is not for sft"):
+        load(write(tmp_path, GOOD), ["train.over_length=split"])
 
 
 def test_classification_is_stratified_by_label_unless_the_file_says_otherwise(tmp_path):

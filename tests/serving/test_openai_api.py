@@ -221,7 +221,7 @@ def test_metrics_count_requests_by_model_version_route_and_status(shared_server)
     text = shared_server.client.get("/metrics").text
     labels = 'model="legal",route="/v1/chat/completions",status="200",version="7"'
     assert f"tuneyard_requests_total{{{labels}}}" in text
-    assert 'tuneyard_request_seconds_count{model="legal",route="/v1/chat/completions"}' in text
+    assert 'tuneyard_request_seconds_count{model="legal",route="/v1/chat/completions",version="7"}' in text
     assert 'tuneyard_model_info{digest="' in text
     assert 'tuneyard_queue_length{model="legal"} 0.0' in text
     chat(shared_server, model="made-up-name")

@@ -30,6 +30,7 @@ log = logging.getLogger("tuneyard.train")
 # What PEFT calls a task decides which head stays whole beside the adapter.
 _PEFT_TASKS = {
     "causal-lm": "CAUSAL_LM",
+    "seq2seq": "SEQ_2_SEQ_LM",
     "classification": "SEQ_CLS",
     "regression": "SEQ_CLS",
     "multi-task": "SEQ_CLS",

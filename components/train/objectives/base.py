@@ -54,6 +54,10 @@ class Objective:
         """A version that fits, cut where no answer is; None where that cannot be."""
         raise NotImplementedError
 
+    def pieces(self, encoded: Any, max_length: int) -> list[Any]:
+        """Pieces that fit and hold all of it, for the policy `split`; see Trait.splits."""
+        raise NotImplementedError
+
     def terms(self, encoded: Any) -> int:
         """How many loss terms an example has: the loss of an update is their mean."""
         raise NotImplementedError

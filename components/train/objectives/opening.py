@@ -13,14 +13,20 @@ from components.train.objectives.classification import Classification, class_wei
 from components.train.objectives.config import (
     ClassificationObjective,
     ContrastiveObjective,
+    LanguageModelingObjective,
+    MaskedLanguageModelingObjective,
     MultiTaskObjective,
     RegressionObjective,
+    Seq2SeqObjective,
     SftObjective,
     TokenClassificationObjective,
 )
 from components.train.objectives.contrastive import Contrastive
+from components.train.objectives.language_modeling import LanguageModeling
+from components.train.objectives.masked_language_modeling import MaskedLanguageModeling
 from components.train.objectives.multi_task import MultiTask, heads_of
 from components.train.objectives.regression import Regression, scale_of
+from components.train.objectives.seq2seq import Seq2Seq
 from components.train.objectives.sft import Sft
 from components.train.objectives.token_classification import TokenClassification, entity_labels
 
@@ -39,7 +45,13 @@ def open_objective(config: TrainConfig, rows: Sequence[Mapping[str, Any]], folde
     objective: Objective
     match config.objective:
         case SftObjective():
-            objective = Sft(folder, held_in(config), config.dropout)
+            objective = Sft(folder, held_in(config), config.dropout, config.objective)
+        case LanguageModelingObjective():
+            objective = LanguageModeling(folder, held_in(config), config.dropout)
+        case MaskedLanguageModelingObjective():
+            objective = MaskedLanguageModeling(folder, config.objective, config.dropout)
+        case Seq2SeqObjective():
+            objective = Seq2Seq(folder, config.dropout)
         case ClassificationObjective():
             asked = config.objective.class_weights
             weights = class_weights(rows, asked) if asked else None

@@ -1,4 +1,4 @@
-"""Supervised fine-tuning of a causal language model."""
+"""Supervised fine-tuning of causal language models: instructions, conversations, tools, chains of thought."""
 
 from __future__ import annotations
 
@@ -6,36 +6,42 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from components.shared import causal, chat, examples
+from components.shared import causal, chat
 from components.shared.causal import Encoded
 from components.shared.loss import summed_cross_entropy
 from components.shared.tasks import Task
 from components.train.objectives.base import Objective, base_settings
+from components.train.objectives.config import SftObjective
 
 
 class Sft(Objective):
-    """Supervised fine-tuning: next-token loss on the assistant's answer alone."""
+    """Supervised fine-tuning: next-token loss on what the assistant says alone."""
 
     task: Task = "causal-lm"
 
-    def __init__(self, folder: Path, precision: causal.Precision, dropout: float | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        precision: causal.Precision,
+        dropout: float | None = None,
+        config: SftObjective | None = None,
+    ) -> None:
+        self._config = config or SftObjective(kind="sft")
         settings = base_settings(folder, dropout)
         self.model, self.tokenizer = causal.open_folder(folder, precision, settings)
 
     def encode(self, example: Mapping[str, Any]) -> Encoded:
         """See Objective."""
-        return causal.encode(self.tokenizer, example)
+        config = self._config
+        return causal.encode(self.tokenizer, example, config.loss_on, config.loss_on_reasoning)
 
     def shorten(self, encoded: Encoded, max_length: int) -> Encoded | None:
         """Cut the prompt from its left, but for the first token; the answer stays whole."""
-        room = max_length - len(encoded.answer)
-        if room < 1:
-            return None
-        return Encoded(causal.cut_prompt(encoded.prompt, room, self.tokenizer.bos_token_id), encoded.answer)
+        return causal.shorten(encoded, max_length, self.tokenizer.bos_token_id)
 
     def terms(self, encoded: Encoded) -> int:
-        """Answer tokens."""
-        return len(encoded.answer)
+        """Tokens of answers."""
+        return encoded.terms
 
     def summed_loss(self, batch: Sequence[Encoded], label_smoothing: float) -> Any:
         """See Objective."""
@@ -60,7 +66,8 @@ class Sft(Objective):
 
     def template_faults(self, rows: Sequence[Mapping[str, Any]]) -> list[str]:
         """See Objective."""
-        return [fault for row in rows if (fault := chat.fault(self.tokenizer, examples.messages(row)))]
+        found = ((chat.messages(self.tokenizer, row), row.get("tools")) for row in rows)
+        return [fault for said, tools in found if (fault := chat.fault(self.tokenizer, said, tools))]
 
     def template_probe(self) -> dict[str, Any] | None:
         """See Objective."""

@@ -15,6 +15,8 @@ from components.train.adapters.applying import apply_adapter
 from components.train.config import TrainConfig
 from components.train.objectives.sft import Sft
 
+# Each builds, saves, merges and proves a model in PEFT, which takes seconds to import.
+pytestmark = pytest.mark.slow
 RANK, ALPHA = 4, 6.0
 SPELT = {
     "lora": {"kind": "lora"},

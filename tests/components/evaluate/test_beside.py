@@ -16,6 +16,9 @@ from components.shared.stage import Context
 from components.train.config import TrainConfig
 from components.train.train import train
 
+# Trainings, and the baselines of an evaluation.
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def trained(tmp_path, monkeypatch):

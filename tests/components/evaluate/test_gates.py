@@ -68,7 +68,9 @@ def test_a_gate_of_another_task_is_refused_with_the_metrics_there_are():
     with pytest.raises(
         TuneyardError, match=r"accuracy cannot be measured on a causal-lm model(.|\n)*rouge_l"
     ):
-        gates.refuse_unknown({"accuracy": Bound(min=0.5), "loss": Bound(max=3)}, "causal-lm")
+        gates.refuse_unknown(
+            {"accuracy": Bound(min=0.5), "loss": Bound(max=3)}, "causal-lm", "prompt-completion"
+        )
 
 
 @pytest.mark.parametrize(

@@ -78,7 +78,7 @@ def test_the_page_needs_nothing_and_runs_nothing(findings):
 
 def test_the_page_shows_difference_verdict_and_what_was_not_measured(findings):
     text = page.render(document(), findings)
-    row = re.search(r"Loss, nats per answer token</td>(.*?)</tr>", text, re.S)[1]
+    row = re.search(r"Loss, nats per token</td>(.*?)</tr>", text, re.S)[1]
     assert re.findall(r"[−+]?\d\.\d{3}", row) == ["3.000", "2.500", "−0.500"]
     assert "better" in row
     assert "0.050 to 0.200" in text

@@ -149,6 +149,53 @@ def test_an_unknown_format_says_which_are_known(run, tmp_path):
         next(read(tmp_path / "corpus.docx"))
 
 
+CALL = {"id": "1", "type": "function", "function": {"name": "find", "arguments": '{"topic": "rent"}'}}
+TOOL = {"name": "find", "parameters": {"type": "object"}}
+
+
+def test_tools_their_calls_and_their_results_are_read_in_one_form(run, tmp_path):
+    talk = [
+        {"role": "user", "content": "Which statute?"},
+        {"role": "assistant", "content": None, "tool_calls": [CALL]},
+        {"role": "tool", "content": "722", "tool_call_id": "1", "name": None},
+        {"role": "assistant", "content": " Article 722. ", "tool_calls": None},
+    ]
+    source = tmp_path / "talk.jsonl"
+    rows = [{"messages": talk, "tools": [TOOL]}, {"messages": talk, "tools": json.dumps([TOOL])}]
+    source.write_text("\n".join(map(json.dumps, [*rows, {"messages": talk}])))
+    _, examples, quarantine = run(source, format="conversational", columns={})
+    assert not quarantine and "tools" not in examples[2]
+    assert examples[0]["tools"] == examples[1]["tools"] == [{"type": "function", "function": TOOL}]
+    assert examples[0]["id"] == examples[1]["id"] != examples[2]["id"]
+    function = {"name": "find", "arguments": {"topic": "rent"}}
+    assert examples[0]["messages"] == [
+        talk[0],
+        {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": function}]},
+        {"role": "tool", "content": "722", "tool_call_id": "1"},
+        {"role": "assistant", "content": "Article 722."},
+    ]
+
+
+@pytest.mark.parametrize(
+    ("change", "where"),
+    [
+        ({"role": "user", "content": "a", "tool_calls": [CALL]}, "messages[1].tool_calls"),
+        ({"role": "assistant", "tool_calls": [{"function": {"name": "find"}}]}, "messages[1].tool_calls[0]"),
+        ({"role": "assistant", "tool_calls": [{"function": "find"}]}, "messages[1].tool_calls[0]"),
+        ({"role": "assistant", "content": None}, "messages[1].content"),
+        ({"role": "judge", "content": "a"}, "messages[1]"),
+    ],
+)
+def test_a_call_that_cannot_be_one_is_named(run, tmp_path, change, where):
+    source = tmp_path / "talk.jsonl"
+    fine = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}
+    broken = {"messages": [fine["messages"][0], change]}
+    source.write_text("\n".join(map(json.dumps, [fine, broken, fine | {"tools": "none"}])))
+    _, examples, quarantine = run(source, format="conversational", columns={})
+    assert len(examples) == 1
+    assert [(row["line"], row["field"]) for row in quarantine] == [(2, where), (3, "tools")]
+
+
 @pytest.mark.parametrize(
     ("form", "row", "example"),
     [

@@ -90,6 +90,7 @@ def two_models(request, tiny_causal, tiny_encoder):
     return models, "SEQ_CLS"
 
 
+@pytest.mark.slow  # imports PEFT
 def test_a_prefix_equals_pefts(two_models):
     from peft import PrefixTuningConfig, get_peft_model
 
@@ -119,6 +120,7 @@ def test_a_prefix_equals_pefts(two_models):
     assert (found[text] - plain[text]).abs().max() > 1e-3
 
 
+@pytest.mark.slow  # imports PEFT
 def test_a_prompt_equals_pefts(two_models):
     from peft import PromptTuningConfig, get_peft_model
 

@@ -43,6 +43,8 @@ SPELT = {
     "p_tuning_v2": {"kind": "p_tuning_v2", "tokens": 5},
 }
 every_adapter = pytest.mark.parametrize("name", SPELT)
+# Seventy short trainings, some in PEFT, which takes seconds to import.
+pytestmark = pytest.mark.slow
 each_task = pytest.mark.parametrize("task", ["sft", "classification"])
 
 

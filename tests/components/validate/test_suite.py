@@ -237,3 +237,16 @@ def test_whatever_a_field_holds_there_is_a_report_and_not_a_traceback(kind, valu
     report = stage.report(kind, rows, [], ACCOUNT)
     assert not report["success"] or len(rows) >= 10
     json.dumps(report, allow_nan=False)
+
+
+@pytest.mark.parametrize("healthy", [True, False])
+def test_results_of_tools_follow_a_call_of_the_assistant(corpus, healthy):
+    rows = corpus(CO)
+    call = {"type": "function", "function": {"name": "find", "arguments": {}}}
+    for row in rows[:9]:
+        last = row["messages"].pop()
+        calls = {"role": "assistant", "content": "", "tool_calls": [call]}
+        result = {"role": "tool", "content": "Article 722"}
+        row["messages"] += [calls, result, last] if healthy else [result, calls, last]
+    found = unmet(stage.report(CO, rows, [], ACCOUNT))
+    assert not found if healthy else list(found) == [(REGEX, "roles")]
