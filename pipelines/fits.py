@@ -71,9 +71,7 @@ def what_would(said: Mapping[str, Any]) -> str:
     ways = [f"{way['set']} ({way['peak_gib']} GiB)" for way in said["settings_that_fit"]]
     if ways:
         return f"what would fit: {'; or '.join(ways)}"
-    return (
-        "no smaller batch, gradient_checkpointing, lora or qlora fits: try a smaller base_model"
-    )
+    return "no smaller batch, gradient_checkpointing, lora or qlora fits: try a smaller base_model"
 
 
 def main() -> None:

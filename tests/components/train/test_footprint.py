@@ -131,7 +131,7 @@ def test_what_is_held_between_updates_is_weights_moments_and_the_best(tiny_causa
 
 
 def test_less_is_needed_for_what_is_said_to_need_less(tiny_causal):
-    rows = prompts(16, 100)
+    rows = prompts(16, 50)
     whole = predicted(tiny_causal, rows, adapter="full", per_device_batch_size=8).peak_bytes
     half = predicted(
         tiny_causal, rows, adapter="full", per_device_batch_size=4, gradient_accumulation_steps=2
@@ -142,7 +142,7 @@ def test_less_is_needed_for_what_is_said_to_need_less(tiny_causal):
 
 
 def test_the_heaviest_micro_batch_is_the_one_with_the_longest(tiny_causal):
-    rows = [*prompts(15, 5), *prompts(1, 150)]
+    rows = [*prompts(15, 5), *prompts(1, 55)]
     assert predicted(tiny_causal, rows, per_device_batch_size=1).batch_tokens > 290
 
 
