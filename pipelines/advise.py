@@ -205,15 +205,7 @@ def advise(
         | {"limit_gib": round(limit, 2), "limit_is": of, "fits": fits},
         "settings_that_fit": smaller,
         "run": _run(spec.train, needs, count, gpu, dollars_per_hour),
-        "storage_gib": _gib(
-            sizing.storage_bytes(
-                needs.total_weights,
-                needs.moving_weights,
-                base.file_bytes,
-                round(count / _train_share(spec)),
-                spec.train.keep_checkpoints,
-            )
-        ),
+        "storage_gib": _storage(spec, needs, base, count),
         "weights": {"total": needs.total_weights, "moving": needs.moving_weights},
         "remarks": sizing.remarks(spec.train, count, needs.total_weights),
         "gpus_that_fit": list(sizing.fitting_gpus(needs.peak_bytes)),
@@ -238,6 +230,14 @@ def _memory(spec: PipelineSpec, needs: Any, peak: int, base: Base) -> dict[str, 
     if spec.compress is not None:
         found["compress_gib"] = _gib(host + 2 * 4 * whole + base.file_bytes)
     return found
+
+
+def _storage(spec: PipelineSpec, needs: Any, base: Base, examples: int) -> float:
+    corpus = round(examples / _train_share(spec))
+    checkpoints = spec.train.keep_checkpoints
+    return _gib(
+        sizing.storage_bytes(needs.total_weights, needs.moving_weights, base.file_bytes, corpus, checkpoints)
+    )
 
 
 def _run(

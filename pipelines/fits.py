@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from components.shared.errors import UsageError
+from components.shared.errors import TuneyardError, UsageError
 from components.shared.store import Store
 from pipelines import advise, sizing
 from pipelines.embedded.preflight import available_memory_gib
@@ -32,7 +32,10 @@ def refuse_unfit(spec: PipelineSpec, store: Store) -> None:
     """
     limit = available_memory_gib()
     with tempfile.TemporaryDirectory(prefix="tuneyard-advise-") as scratch:
-        base = advise.base_of(spec.train, store, Path(scratch))
+        try:
+            base = advise.base_of(spec.train, store, Path(scratch))
+        except TuneyardError:
+            return  # what is wrong with the base, the stage that reads it says
         if sizing.surely_fits(spec.train, base.shape(), base.file_bytes, limit * 2**30):
             return
     log.info("submit: predicting how much memory train will need")

@@ -132,26 +132,34 @@ def _mode(live: Live) -> Any:
                     live.see(tensor)
             return found
 
-    def _makes_float(dtype: Any) -> bool:
-        return dtype is not None and (dtype.is_floating_point or dtype.is_complex)
-
-    def _makes_whole(dtype: Any, func: Any, args: Any) -> bool:
-        if dtype is not None:
-            return not _makes_float(dtype)
-        name = func.overloadpacket.__name__
-        return name in ("arange", "randperm") and all(isinstance(x, int) for x in args)
-
-    def _places(indices: Any) -> list[Any]:
-        found: list[Any] = []
-        for index in indices:
-            if index is not None and index.dtype == torch.bool and not isinstance(index, FakeTensor):
-                with unset_fake_temporarily():
-                    found += index.nonzero(as_tuple=True)
-            else:
-                found.append(index)
-        return found
-
     return Counting()
+
+
+def _makes_float(dtype: Any) -> bool:
+    return dtype is not None and (dtype.is_floating_point or dtype.is_complex)
+
+
+def _makes_whole(dtype: Any, func: Any, args: Any) -> bool:
+    """Whether an operation without tensors makes whole numbers."""
+    if dtype is not None:
+        return not _makes_float(dtype)
+    name = func.overloadpacket.__name__
+    return name in ("arange", "randperm") and all(isinstance(x, int) for x in args)
+
+
+def _places(indices: Any) -> list[Any]:
+    """Indices without masks, whose shape only their content tells."""
+    import torch
+    from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
+
+    found: list[Any] = []
+    for index in indices:
+        if index is not None and index.dtype == torch.bool and not isinstance(index, FakeTensor):
+            with unset_fake_temporarily():
+                found += index.nonzero(as_tuple=True)
+        else:
+            found.append(index)
+    return found
 
 
 @contextlib.contextmanager

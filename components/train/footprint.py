@@ -19,8 +19,8 @@ from components.train.objectives.opening import open_objective
 from components.train.update import gradients, make_optimizer, step
 
 # Resident memory of the train process on a CPU that is no tensor: Python, PyTorch, PEFT, MLflow, and what the
-# allocator keeps. Seen with benchmarks/fitting.py: MiniLM, full, 32 examples of 128 tokens, peaked at 1,701 MiB, its
-# tensors by the dry run at 832.
+# allocator keeps. Seen with benchmarks/fitting.py: MiniLM, full, 32 examples of 128 tokens, peaked at
+# 1,701 MiB, its tensors by the dry run at 832.
 HOST_BYTES = 950 * 2**20
 # What the allocator holds beyond what lives, and kernels' own scratch: a share of what an update allocates.
 SLACK = 0.05
