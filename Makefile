@@ -3,14 +3,14 @@
 # or a data check stopped the line) call .venv/bin/tuneyard, which these targets only wrap.
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lock submit compile schedule unschedule up down status ui runs ask promote rollback gc images test test-unit test-cluster test-containers lint bench bench-train clean
+.PHONY: help setup lock submit advise compile schedule unschedule up down status ui runs ask promote rollback gc images test test-unit test-cluster test-containers lint bench bench-train clean
 MAKEFLAGS += --no-print-directory
 
 BIN := .venv/bin
 # Values given on make's command line reach the commands through the environment, so that quotes and spaces
 # in them mean nothing to make or the shell. What a shell happens to export under these names is not meant.
 $(foreach name,EXTRA PIPELINE SET TARGET JSON CRON RUN MODEL VERSION Q DELETE KEEP_DAYS \
-  REGISTRY BASE BUILDER PUSH ONLY DEBOOTSTRAP,\
+  REGISTRY BASE BUILDER PUSH ONLY DEBOOTSTRAP GPU DOLLARS EXAMPLES,\
   $(if $(filter command,$(firstword $(origin $(name)))),,$(eval unexport $(name))))
 
 need-%:
@@ -25,6 +25,11 @@ setup:  ## make .venv from the lock; EXTRA=gpu for CUDA, PYTHON=... for another 
 submit: need-PIPELINE setup  ## run a pipeline: PIPELINE=sft_legal [SET="train.max_steps=20 ..."] [JSON=1] [TARGET=kfp]
 	@set -f; set --; for change in $$SET; do set -- "$$@" --set "$$change"; done; \
 	exec $(BIN)/tuneyard submit "$$PIPELINE" $${TARGET:+--target "$$TARGET"} $${JSON:+--json} "$$@"
+
+advise: need-PIPELINE setup  ## predict memory, steps, time, disk, cost: PIPELINE=... [GPU=h100] [DOLLARS=2.5] [EXAMPLES=...]
+	@set -f; set --; for change in $$SET; do set -- "$$@" --set "$$change"; done; \
+	exec $(BIN)/tuneyard advise "$$PIPELINE" $${GPU:+--gpu "$$GPU"} $${DOLLARS:+--dollars-per-hour "$$DOLLARS"} \
+	  $${EXAMPLES:+--examples "$$EXAMPLES"} $${JSON:+--json} "$$@"
 
 compile: setup  ## write the KFP IR of PIPELINE=..., or of every file in pipelines/
 	@for spec in $${PIPELINE:-pipelines/*.yaml}; do $(BIN)/tuneyard compile "$$spec" || exit; done

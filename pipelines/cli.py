@@ -9,7 +9,7 @@ from typing import Any
 import typer
 
 from components.shared.errors import EXIT_INTERRUPTED, EXIT_USAGE, TuneyardError
-from pipelines.commands import images, lines, models, platform, runs, schedules, store
+from pipelines.commands import advise, images, lines, models, platform, runs, schedules, store
 
 app = typer.Typer(
     name="tuneyard",
@@ -20,7 +20,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for commands in (lines, runs, schedules, platform, models, images, store):
+for commands in (lines, advise, runs, schedules, platform, models, images, store):
     app.add_typer(commands.app)
 
 

@@ -26,7 +26,7 @@ from components.shared.errors import (
     UsageError,
 )
 from components.shared.store import Store
-from pipelines import graph, planner
+from pipelines import fits, graph, planner
 from pipelines.embedded import platform
 from pipelines.report import Report, explain, gather
 from pipelines.samples import fetch
@@ -99,6 +99,8 @@ def _run(
         for stage, commit in done.items():
             log.info("\u2713 %s  unchanged, %s before", stage, "stopped" if commit["stop"] else "done")
         if len(done) < len(planned) and not planner.stopped(planned):
+            if "train" not in done:
+                fits.refuse_unfit(spec, store)
             kfp_says = _run_graph(spec, report, done, home, screen)
     if report.error:  # the store may be why, and nobody waits for a minute to learn it again
         store = store.impatient()

@@ -202,6 +202,11 @@ def _refuse_nothing_kept(config: IngestConfig, account: _Account) -> None:
     )
 
 
+def examples_of(config: IngestConfig, store: Store) -> Iterator[dict[str, Any]]:
+    """The examples that the stage would make, one at a time; rows that cannot be one are passed over."""
+    return _kept(config, store, _Account())
+
+
 def ingest(config: IngestConfig, inputs: Mapping[str, Artifact], context: Context) -> Result:
     """Read the corpus and write `examples` and `quarantine`.
 

@@ -1,0 +1,270 @@
+"""Advise: what a training will need and cost before it starts, and what would fit where it does not."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from components.ingest.ingest import examples_of
+from components.shared import sources
+from components.shared.errors import TuneyardError
+from components.shared.store import Store
+from components.train.config import TrainConfig
+from pipelines import sizing
+from pipelines.embedded.preflight import available_memory_gib
+from pipelines.spec import PipelineSpec
+
+# Examples that are tokenised for a prediction; the longest of more are hardly longer.
+_READ = 5000
+
+
+@dataclass(frozen=True)
+class Base:
+    """A base model without its weights.
+
+    Args:
+        folder: with its config.json and tokenizer.
+        file_bytes: of its weights.
+    """
+
+    folder: Path
+    file_bytes: int
+
+    def shape(self) -> dict[str, Any]:
+        """Its config.json."""
+        found: dict[str, Any] = json.loads((self.folder / "config.json").read_text())
+        return found
+
+
+def base_of(config: TrainConfig, store: Store, scratch: Path) -> Base:
+    """The base model of a pipeline, its weights left where they are.
+
+    Args:
+        config: settings of train.
+        store: gives the S3 client.
+        scratch: a folder for its small files.
+
+    Raises:
+        TuneyardError: it cannot be had.
+    """
+    uri, kind = config.base_model, sources.kind_of(config.base_model)
+    if kind == "local":
+        folder = Path(uri).expanduser().resolve()
+        return Base(folder, sum(path.stat().st_size for path in folder.glob("*.safetensors")))
+    if kind == "hub":
+        from huggingface_hub import HfApi, snapshot_download
+
+        commit, _ = sources.hub_contents(uri, config.revision, "model")
+        wanted = ["*.json", "*.model", "*.txt", "*.jinja"]
+        folder = Path(snapshot_download(uri, revision=commit, allow_patterns=wanted))
+        info = HfApi().model_info(uri, revision=commit, files_metadata=True)
+        sizes = [s.size or 0 for s in info.siblings or [] if s.rfilename.endswith(".safetensors")]
+        return Base(folder, sum(sizes))
+    bucket, prefix = uri.removeprefix("s3://").partition("/")[::2]
+    weights = 0
+    for found in store.list_prefix(uri):
+        name = found["key"].removeprefix(prefix.rstrip("/") + "/")
+        if name.endswith(".safetensors"):
+            weights += found["size"]
+        elif "/" not in name:
+            store.client.download_file(bucket, found["key"], str(scratch / name))
+    if not (scratch / "config.json").is_file():
+        raise TuneyardError(f"base model {uri}: no config.json there", "name the folder that holds it")
+    return Base(scratch, weights)
+
+
+def examples_to_size(spec: PipelineSpec, store: Store) -> tuple[list[dict[str, Any]], int]:
+    """Some thousand examples of the corpus, and how many of all will be trained on.
+
+    Raises:
+        TuneyardError: the corpus cannot be read.
+    """
+    found = (row for row in examples_of(spec.ingest, store) if row["origin"]["part"] == "main")
+    rows = [{**row, "id": str(number)} for number, row in enumerate(itertools.islice(found, _READ))]
+    if not rows:
+        raise TuneyardError(
+            f"{spec.ingest.source}: no row of it is an example", "map its columns with ingest.columns"
+        )
+    return rows, round((len(rows) + sum(1 for _ in found)) * _train_share(spec))
+
+
+def _train_share(spec: PipelineSpec) -> float:
+    train, watched, judged = spec.split.ratios
+    return train / (train + watched) if spec.split.test_source else train / (train + watched + judged)
+
+
+def changed(config: TrainConfig, **changes: Any) -> TrainConfig:
+    """Settings with some of them changed."""
+    return TrainConfig.model_validate(config.model_dump() | changes)
+
+
+def alternatives(config: TrainConfig) -> Iterator[list[tuple[str, TrainConfig]]]:
+    """Ways to need less memory, each from the least change to the most, as `--set` spells them."""
+    once = config if config.gradient_checkpointing else changed(config, gradient_checkpointing=True)
+    yield list(_smaller("", config))
+    if once is not config:
+        said = "train.gradient_checkpointing=true"
+        yield [(said, once), *_smaller(said, once)]
+    if config.adapter.frozen and config.precision == "float32":
+        said = "train.precision=bfloat16"
+        yield [(said, changed(config, precision="bfloat16"))]
+    kinds = () if config.adapter.kind == "qlora" else ("qlora",)
+    for kind in kinds if config.adapter.frozen else ("lora", *kinds):
+        said = f"train.adapter={kind}"
+        other = changed(config, adapter={"kind": kind}, learning_rate=None)
+        least = changed(other, gradient_checkpointing=True)
+        yield [(said, other), *_smaller(said, other), (f"{said} train.gradient_checkpointing=true", least)]
+
+
+def _smaller(said: str, config: TrainConfig) -> Iterator[tuple[str, TrainConfig]]:
+    """Half the batch and twice the accumulation, again and again: every update stays what it was."""
+    batch, times = config.per_device_batch_size, config.gradient_accumulation_steps
+    while batch > 1 and batch % 2 == 0:
+        batch, times = batch // 2, times * 2
+        sizes = {"per_device_batch_size": batch, "gradient_accumulation_steps": times}
+        words = " ".join(f"train.{name}={value}" for name, value in sizes.items())
+        yield f"{said} {words}".strip(), changed(config, **sizes)
+
+
+def fitting(
+    config: TrainConfig, rows: Sequence[Mapping[str, Any]], base: Base, limit_bytes: float
+) -> list[dict[str, Any]]:
+    """For each way to need less, the least change of it that fits, by the same dry run."""
+    from components.train import footprint
+
+    found = []
+    for way in alternatives(config):
+        for said, settings in way:
+            needs = footprint.predict(settings, base.folder, rows, base.file_bytes).process_bytes
+            if needs <= limit_bytes:
+                found.append({"set": said, "peak_gib": _gib(needs)})
+                break
+    return found
+
+
+def _gib(count: float) -> float:
+    return round(count / 2**30, 2)
+
+
+def limit_gib(
+    spec: PipelineSpec, gpu: str, target: str, available_gib: float | None = None
+) -> tuple[float, str]:
+    """Memory that train has, and of what: a GPU by name, a pod of the hardware section, or this machine."""
+    if gpu:
+        return sizing.gpu(gpu).memory_gib * 0.95, f"a {gpu}, less a twentieth for its driver"
+    if target == "kfp":
+        return spec.hardware.of("train").memory_gib or 0.0, "the pod of train (hardware:)"
+    return available_gib or available_memory_gib(), "this machine has available"
+
+
+def advise(
+    spec: PipelineSpec,
+    store: Store,
+    examples: int | None = None,
+    gpu: str = "",
+    dollars_per_hour: float | None = None,
+    target: str = "local",
+    available_gib: float | None = None,
+) -> dict[str, Any]:
+    """Predict what a pipeline's training needs and costs.
+
+    Args:
+        spec: the pipeline.
+        store: for base and corpus.
+        examples: of train; counted in the corpus when None.
+        gpu: a name of `sizing.GPUS`; empty for this machine's processors.
+        dollars_per_hour: price of the machine; None leaves the cost out.
+        target: `local`, or `kfp` for the memory that the hardware section asks for.
+        available_gib: memory of this machine where it was looked at before; None looks now.
+
+    Returns:
+        memory, run, storage, remarks, and where train does not fit what would.
+
+    Raises:
+        TuneyardError: base or corpus cannot be had.
+    """
+    from components.train import footprint
+
+    limit, of = limit_gib(spec, gpu, target, available_gib)
+    with tempfile.TemporaryDirectory(prefix="tuneyard-advise-") as scratch:
+        base = base_of(spec.train, store, Path(scratch))
+        rows, counted = examples_to_size(spec, store)
+        needs = footprint.predict(spec.train, base.folder, rows, base.file_bytes)
+        peak = needs.peak_bytes if gpu else needs.process_bytes
+        fits = peak <= limit * 2**30
+        smaller = [] if fits else fitting(spec.train, rows, base, limit * 2**30)
+    count = counted if examples is None else examples
+    return {
+        "pipeline": spec.name,
+        "memory": _memory(spec, needs, peak, base)
+        | {"limit_gib": round(limit, 2), "limit_is": of, "fits": fits},
+        "settings_that_fit": smaller,
+        "run": _run(spec.train, needs, count, gpu, dollars_per_hour),
+        "storage_gib": _storage(spec, needs, base, count),
+        "weights": {"total": needs.total_weights, "moving": needs.moving_weights},
+        "remarks": sizing.remarks(spec.train, count, needs.total_weights),
+        "gpus_that_fit": list(sizing.fitting_gpus(needs.peak_bytes)),
+        "estimates": _ESTIMATES,
+    }
+
+
+_ESTIMATES = [
+    "memory.evaluate_gib and memory.compress_gib: whole copies of the model, nothing was run",
+    "run.seconds and run.dollars: arithmetic over a stated efficiency; early stopping may end it sooner",
+    "storage_gib: every example taken for 1 KiB, half again for what is beside",
+    "anything of a GPU: nothing of it was measured on one",
+]
+
+
+def _memory(spec: PipelineSpec, needs: Any, peak: int, base: Base) -> dict[str, Any]:
+    """Peak of train by dry run; of the two other stages that load the model, by its copies."""
+    host, whole = needs.host_bytes, needs.total_weights
+    found = {"train_gib": _gib(peak), "train_between_updates_gib": _gib(needs.held_bytes)}
+    # Base and tuned are judged one after the other; the file of each is mapped while it is read.
+    found["evaluate_gib"] = _gib(host + 4 * whole + base.file_bytes)
+    if spec.compress is not None:
+        found["compress_gib"] = _gib(host + 2 * 4 * whole + base.file_bytes)
+    return found
+
+
+def _storage(spec: PipelineSpec, needs: Any, base: Base, examples: int) -> float:
+    corpus = round(examples / _train_share(spec))
+    checkpoints = spec.train.keep_checkpoints
+    return _gib(
+        sizing.storage_bytes(needs.total_weights, needs.moving_weights, base.file_bytes, corpus, checkpoints)
+    )
+
+
+def _run(
+    config: TrainConfig, needs: Any, examples: int, gpu: str, dollars_per_hour: float | None
+) -> dict[str, Any]:
+    work = sizing.work(
+        config,
+        examples,
+        needs.tokens_per_example,
+        needs.loss_share,
+        needs.body_weights,
+        needs.total_weights - needs.body_weights,
+    )
+    if gpu:
+        rate, efficiency = sizing.gpu(gpu).flop_per_second, sizing.GPU_EFFICIENCY
+    else:
+        rate, efficiency = sizing.matmul_flop_per_second(), sizing.CPU_EFFICIENCY
+    seconds = work.flop / (rate * efficiency)
+    found = {
+        "examples": examples,
+        "steps": work.steps,
+        "tokens": round(work.tokens),
+        "seconds": round(seconds, 1),
+        "on": gpu or "this machine's processors",
+        "peak_gflop_per_second": round(rate / 1e9),
+        "efficiency": efficiency,
+    }
+    if dollars_per_hour is not None:
+        found["dollars"] = round(seconds / 3600 * dollars_per_hour, 2)
+    return found

@@ -1,0 +1,129 @@
+"""Sizing by arithmetic, what is suggested, and a submit that refuses what will not fit."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from components.shared import jsonl
+from components.shared.errors import UsageError
+from components.train.config import TrainConfig
+from pipelines import advise, fits, sizing
+from pipelines.spec import load
+
+
+def settings(**changes):
+    return TrainConfig(objective="sft", base_model="base", **changes)
+
+
+def test_steps_and_flop_follow_the_settings():
+    config = settings(
+        adapter="lora", epochs=2.0, per_device_batch_size=4, gradient_accumulation_steps=2, eval_steps=100
+    )
+    found = sizing.work(config, 100, 50.0, 0.5, body_weights=1000, vocabulary_weights=400)
+    assert found.steps == 25
+    assert found.tokens == 2 * 100 * 50
+    # LoRA: 4 FLOP a weight and token; the projection at half of them. One evaluation, forward alone.
+    assert found.flop == 1200 * (4 * 10_000 + 2 * 64 * 50)
+    full = sizing.work(
+        config.model_copy(update={"adapter": settings(adapter="full").adapter}), 100, 50, 0.5, 1000, 400
+    )
+    assert full.flop == 1200 * (6 * 10_000 + 2 * 64 * 50)
+
+
+def test_storage_counts_weights_and_not_billions_of_them():
+    # 1e9 weights in full: base 2 GB, model and compressed 4 GB each, four checkpoints of 16 GB, half again.
+    found = sizing.storage_bytes(10**9, 10**9, 2 * 10**9, 1000, 3)
+    assert found == round(1.5 * (2e9 + 8e9 + 64e9 + 3 * 1024 * 1000))
+
+
+@pytest.mark.parametrize(
+    ("examples", "weights", "changes", "said"),
+    [
+        (50, 50e6, {"adapter": "full"}, "fewer than 100"),
+        (500, 50e6, {"adapter": "full"}, "below 1,000 lora"),
+        (5000, 200e6, {"adapter": "full", "learning_rate": 1e-3}, "small learning rate"),
+        (50_000, 200e6, {"adapter": "lora"}, "full fine-tuning usually reaches more"),
+        (200_000, 200e6, {"adapter": "full"}, "progressive unfreezing"),
+        (50_000, 7e9, {"adapter": "full"}, "above one billion"),
+        (5000, 50e6, {"adapter": "lora"}, "below 100 million"),
+        (500, 7e9, {"adapter": "lora"}, "suit a base of fewer than 100 million"),
+    ],
+)
+def test_what_suits_is_remarked(examples, weights, changes, said):
+    assert any(said in remark for remark in sizing.remarks(settings(**changes), examples, int(weights)))
+
+
+def test_what_is_usual_draws_no_remark():
+    assert sizing.remarks(settings(adapter="lora"), 5000, 270_000_000) == []
+
+
+def test_every_alternative_leaves_the_update_as_large():
+    config = settings(adapter="full", per_device_batch_size=8, gradient_accumulation_steps=3)
+    ways = [(said, other) for way in advise.alternatives(config) for said, other in way]
+    assert {"train.gradient_checkpointing=true", "train.adapter=lora", "train.adapter=qlora"} <= {
+        w for w, _ in ways
+    }
+    assert {o.per_device_batch_size * o.gradient_accumulation_steps for _, o in ways} == {24}
+    assert min(o.per_device_batch_size for _, o in ways) == 1
+
+
+def test_an_unknown_gpu_is_named():
+    with pytest.raises(UsageError, match="--gpu tpu"):
+        sizing.gpu("tpu")
+
+
+def test_a_small_training_needs_no_dry_run_and_a_large_one_does():
+    shape = {"hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 12, "vocab_size": 30522}
+    assert sizing.surely_fits(settings(), shape, 90 * 2**20, 16 * 2**30)
+    assert not sizing.surely_fits(settings(), shape, 90 * 2**20, 3 * 2**30)
+    assert not sizing.surely_fits(settings(), shape, 14 * 2**30, 16 * 2**30)
+    assert not sizing.surely_fits(settings(), {"model_type": "whisper"}, 1, 2**60)
+
+
+@pytest.fixture
+def pipeline(tiny_causal, tmp_path, monkeypatch):
+    """A pipeline on local files, which asks no store."""
+    monkeypatch.setenv("TUNEYARD_STORE", "s3://none/none")
+    monkeypatch.setenv("TUNEYARD_HOME", str(tmp_path))
+    rows = [{"prompt": f"rent {i} " * 30, "completion": "paid " * 30} for i in range(40)]
+    jsonl.write(tmp_path / "corpus.jsonl", rows)
+    path = tmp_path / "tiny.yaml"
+    path.write_text(
+        f"name: tiny\ningest: {{source: {tmp_path / 'corpus.jsonl'}}}\n"
+        f"train: {{objective: sft, base_model: {tiny_causal}, per_device_batch_size: 16, max_length: 512,\n"
+        "        epochs: 2, adapter: full, precision: float32}\n"
+    )
+    return load(str(path))
+
+
+# The dry run in a process of its own imports PyTorch and runs it nine times: ten seconds of CPU.
+@pytest.mark.slow
+def test_submit_refuses_what_will_not_fit_and_says_what_would(pipeline, monkeypatch):
+    from components.shared.store import Store
+
+    store = Store.from_environment()
+    # What the tiny model needs is mostly the process itself: 20 MiB above it are too few for 16 examples.
+    from components.train import footprint
+
+    monkeypatch.setattr(fits, "available_memory_gib", lambda: (footprint.HOST_BYTES + 20 * 2**20) / 2**30)
+    with pytest.raises(UsageError, match=r"train will need .* GiB of memory.*nothing has started") as refused:
+        fits.refuse_unfit(pipeline, store)
+    assert "train.gradient_checkpointing=true" in refused.value.todo
+    assert refused.value.exit_code == 2
+    monkeypatch.setattr(fits, "available_memory_gib", lambda: 2.0)
+    fits.refuse_unfit(pipeline, store)
+
+
+@pytest.mark.slow  # imports PyTorch's compiler and dry-runs a model: five seconds
+def test_advice_counts_the_corpus_and_can_be_printed(pipeline):
+    from components.shared.store import Store
+
+    said = advise.advise(pipeline, Store.from_environment(), dollars_per_hour=2.0, gpu="4090")
+    assert json.loads(json.dumps(said)) == said
+    assert said["run"]["examples"] == 28
+    assert said["run"]["steps"] == 4
+    assert said["memory"]["fits"]
+    assert said["settings_that_fit"] == []
+    assert said["remarks"]
