@@ -147,7 +147,7 @@ def remarks(config: TrainConfig, examples: int, total_weights: int) -> list[str]
         )
     elif examples < 1000 and full:
         found.append(f"{examples} examples: below 1,000 lora or pfeiffer overfits less (it is {kind})")
-    elif examples < 10_000 and full and config.learning_rate > 5e-5:
+    elif examples < 10_000 and full and config.learning_rate != "auto" and config.learning_rate > 5e-5:
         found.append(
             f"{examples:,} examples: full fine-tuning of fewer than 10,000 wants a small learning rate, 1e-5 "
             f"to 5e-5 (it is {config.learning_rate:g}), or lora"
