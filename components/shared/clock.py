@@ -1,7 +1,9 @@
-"""How long a stage's models compute; whatever else its time goes to is overhead, to be shown and cut."""
+"""What a stage takes: how long its models compute (the rest is overhead, to be cut), and how much memory."""
 
 from __future__ import annotations
 
+import resource
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,3 +29,9 @@ def arithmetic() -> Iterator[None]:
 def arithmetic_seconds() -> float:
     """Seconds inside `arithmetic` since this process began."""
     return _seconds
+
+
+def peak_memory_gib() -> float:
+    """Most resident memory, in GiB, since this process began; a stage has one to itself."""
+    unit = 1 if sys.platform == "darwin" else 1024  # getrusage(2): bytes there, KiB on Linux
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
