@@ -37,13 +37,17 @@ def plan(
     precision: causal.Precision,
     folder: Path,
     ranks: Ranks,
+    before: int = 0,
 ) -> Plan:
-    """The plan of a fit: the same whenever it is made anew. Arguments as those of `fit`."""
+    """The plan of a fit: the same whenever it is made anew. Arguments as those of `fit`.
+
+    `before` says how many updates an earlier phase made.
+    """
     steps = schedule_batches([len(e) for e in train], config, objective.packs)
     updates = [[[train[i] for i in micro] for micro in update] for update in steps]
     if objective.retained and config.retain:
         updates = retention.replayed(updates, objective.retained.kept, config.retain.replay, config)
-    found = finder.settle(objective, updates, config, precision, folder, ranks)
+    found = finder.settle(objective, updates, config, precision, folder, ranks, before)
     if not found.rate:
         return Plan(updates, config, {})
     return Plan(updates, config.model_copy(update={"learning_rate": found.rate}), asdict(found))
