@@ -42,25 +42,10 @@ def divide(
     """
     judged = {row["id"]: side for side in ("eval", "test") for row in sides[side]}
     known = Judged([row for side in ("eval", "test") for row in sides[side]])
+    whole, leaks, duplicates = _looked_through(documents, known, judged)
     kept: dict[str, list[dict[str, Any]]] = {"train": [], "eval": []}
-    leaks, duplicates = [], []
-    seen: dict[bytes, dict[str, Any]] = {}
-    progress = Progress("leakage", len(documents), "documents")
-    for document in documents:
-        progress.advance()
-        said = words(document["text"])
-        twin = seen.setdefault(hashlib.sha256("\x1f".join(said).encode()).digest(), document["origin"])
-        about = {"id": document["id"], "origin": document["origin"]}
-        if twin is not document["origin"]:
-            duplicates.append({**about, "like": twin})
-            continue
-        leak = known.held(said)
-        if leak is None:
-            kept[side_of(document)].append(document)
-            continue
-        example = {"id": leak.example["id"], "origin": leak.example["origin"]}
-        side = judged[leak.example["id"]]
-        leaks.append({**about, "side": side, "example": example, "covered": round(leak.covered, 3)})
+    for document in whole:
+        kept[side_of(document)].append(document)
     for side, rows in kept.items():
         jsonl.write(out / side / DOMAIN, rows)
     jsonl.write(out / "train" / "domain_leaks.jsonl", leaks)
@@ -77,6 +62,36 @@ def divide(
         "examples_too_short": known.short,
         "first": [_sentence(leak) for leak in leaks[:_SHOWN]],
     }
+
+
+def _looked_through(
+    documents: Sequence[dict[str, Any]], known: Judged, judged: Mapping[str, str]
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]], list[dict[str, Any]]]:
+    """(documents to keep, leaks, duplicates): each document is in one of them.
+
+    Args:
+        documents: in their order.
+        known: what they must not hold.
+        judged: id of an example -> its side.
+    """
+    kept, leaks, duplicates = [], [], []
+    seen: dict[bytes, dict[str, Any]] = {}
+    progress = Progress("leakage", len(documents), "documents")
+    for document in documents:
+        progress.advance()
+        said = words(document["text"])
+        twin = seen.setdefault(hashlib.sha256("\x1f".join(said).encode()).digest(), document["origin"])
+        about = {"id": document["id"], "origin": document["origin"]}
+        leak = known.held(said) if twin is document["origin"] else None
+        if twin is not document["origin"]:
+            duplicates.append({**about, "like": twin})
+        elif leak is not None:
+            example = {name: leak.example[name] for name in ("id", "origin")}
+            side, covered = judged[leak.example["id"]], round(leak.covered, 3)
+            leaks.append({**about, "side": side, "example": example, "covered": covered})
+        else:
+            kept.append(document)
+    return kept, leaks, duplicates
 
 
 def _sentence(leak: Mapping[str, Any]) -> str:
