@@ -12,7 +12,7 @@ from typing import Any
 
 from components.shared import causal, clock
 from components.shared.progress import Progress
-from components.train import checkpoint, measures
+from components.train import checkpoint, measures, shards
 from components.train.config import TrainConfig
 from components.train.diagnostics import Watch
 from components.train.objectives.base import Objective
@@ -35,7 +35,7 @@ def eval_loss(
     import torch
 
     objective.model.eval()
-    batches = causal.by_length([len(e) for e in encoded], config.per_device_batch_size * config.max_length)
+    batches = causal.by_length(shards.lengths(encoded), config.per_device_batch_size * config.max_length)
     with clock.arithmetic(), torch.inference_mode(), autocast(precision):
         total = objective.judged_loss(encoded, batches, ranks)
     objective.model.train()

@@ -13,13 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from components.shared import causal, drift, jsonl, sources, tracking
-from components.shared.errors import StageStopped
 from components.shared.modelcard import BaseModelRef, ModelCard
 from components.shared.stage import Artifact, Context, Result
-from components.train import holding, job, keeping, phases, retention, runs, saving, selfcheck
+from components.train import holding, job, keeping, phases, retention, runs, saving, selfcheck, tokens
 from components.train.adapters.applying import apply_adapter, weight_counts
 from components.train.config import TrainConfig
-from components.train.data import Ledger, fit_lengths, total_steps
+from components.train.data import Ledger, total_steps
 from components.train.fit import fit, judged
 from components.train.objectives.base import Objective
 from components.train.objectives.config import PpoObjective
@@ -160,7 +159,7 @@ class _Ready:
     """An objective whose adapter is on and which passed the self-check, and the examples it encoded."""
 
     objective: Objective
-    encoded: dict[str, list[Any]]
+    encoded: dict[str, Sequence[Any]]
     ledgers: dict[str, Ledger]
     weights: tuple[int, int]
     checked: dict[str, float]
@@ -173,7 +172,9 @@ def _ready(config: TrainConfig, rows: dict[str, list[dict[str, Any]]], context: 
     objective = _open(config, rows["train"], context)
     watched = sorted(objective.usable(rows["eval"]), key=lambda row: row["id"])
     rows = {**rows, "eval": watched[: config.eval_examples]}
-    encoded, ledgers = _encode(objective, rows, config)
+    folder = sources.model_folder(config.base_model, context.store, config.revision)
+    cache = context.store.cache if context.store else None
+    encoded, ledgers = tokens.encoded(objective, rows, config, folder, cache)
     precision = computed_in(config)
     objective.prepare([*encoded["train"], *encoded["eval"]], partial(autocast, precision))
     _adapt(objective, config)
@@ -247,19 +248,3 @@ def _go_on(before: _Before, made: _Ready, config: TrainConfig, ranks: Ranks) -> 
     original = judged(made.objective, made.encoded["eval"], config, made.precision, ranks)
     phases.hand_over(before.weights, made.objective.model)
     return {**before.how, "original": original}
-
-
-def _encode(
-    objective: Objective, rows: Mapping[str, list[dict[str, Any]]], config: TrainConfig
-) -> tuple[dict[str, list[Any]], dict[str, Ledger]]:
-    """Each side as token ids under the over-length policy, and its ledger."""
-    encoded, ledgers = {}, {}
-    for side, examples in rows.items():
-        encoded[side], ledgers[side] = fit_lengths(
-            examples, objective.encode, objective.shorten, config, objective.pieces
-        )
-        ledgers[side].parts = objective.account(examples, encoded[side])
-        if not encoded[side]:
-            todo = "see train.max_length and train.over_length"
-            raise StageStopped(f"no example of {side} is left to use", todo)
-    return encoded, ledgers
