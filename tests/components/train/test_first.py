@@ -46,11 +46,9 @@ ARTICLES = [
 
 
 def asked(number):
-    question = (
-        f"第{number}号租赁合同的承租人逾期{number + 1}个月未支付租金，出租人催告后仍不支付，能否解除合同？"
-    )
-    answer = f"可以。承租人无正当理由逾期{number + 1}个月未支付租金，经催告在合理期限内仍不支付的，出租人可以解除{number}号合同。"
-    return {"prompt": question, "completion": answer}
+    question = f"第{number}号租赁合同的承租人逾期{number + 1}个月未付租金，催告后仍不支付，能否解除合同？"
+    answer = f"可以。承租人无正当理由逾期{number + 1}个月未支付租金，经催告在合理期限内仍不支付的，"
+    return {"prompt": question, "completion": f"{answer}出租人可以解除{number}号合同。"}
 
 
 def write(path, rows):

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from components.shared import batches
 from components.shared.encoded import Encoded
 from components.shared.errors import StageStopped
 from components.shared.masked import Piece
@@ -239,3 +240,39 @@ def test_what_has_no_form_is_tokenised_each_time(tmp_path, kept, monkeypatch):
         found, _, calls = kept({"train": rows(6), "eval": rows(2)})
         assert calls == 8 and len(found["train"]) == 6
     assert list((tmp_path / "cache/tokens").iterdir()) == []
+
+
+MIXED = [
+    *rows(7),
+    {**rows(1)[0], "system": "Answer briefly."},
+    {**rows(1)[0], "reasoning": "thought first"},
+    {"id": "t", "origin": {}, "messages": [*TALK, {"role": "user", "content": "q"}, TALK[1]]},
+    {**rows(1)[0], "completion": "ends\n\nwith   blanks "},
+]
+
+
+@pytest.mark.parametrize("loss_on", ["all", "last"])
+def test_many_at_once_are_encoded_as_one_by_one(tiny_causal, loss_on):
+    config = settings(tiny_causal, objective={"kind": "sft", "loss_on": loss_on})
+    objective = open_objective(config, [], Path(tiny_causal))
+    assert list(objective.encode_all(MIXED)) == [objective.encode(row) for row in MIXED]
+
+    class Otherwise(type(objective)):
+        def encode(self, example):
+            return Encoded([1], [2])
+
+    objective.__class__ = Otherwise
+    assert list(objective.encode_all(MIXED[:2])) == [Encoded([1], [2])] * 2
+
+
+def test_batches_give_what_the_tokenizer_gives_for_each_text(tiny_causal, tiny_encoder, monkeypatch):
+    monkeypatch.setattr(batches, "_TEXTS", 3)
+    said = ["", "a", " 合同 ", "line\nfeed", "<s> [MASK] <eos>", "profit rose " * 50, "\u200b"]
+    for folder in (tiny_causal, tiny_encoder):
+        tokenizer = _tokenizer(folder)
+        expected = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in said]
+        assert list(batches.token_ids(tokenizer, iter(said))) == expected
+        # One that was set to cut keeps to it.
+        tokenizer(said, truncation=True, max_length=2)
+        assert tokenizer.backend_tokenizer.truncation is not None
+        assert list(batches.token_ids(tokenizer, said)) == expected
