@@ -1,7 +1,7 @@
 """From documents to token ids on disk: ours beside `datasets.map` with the same tokenizer.
 
 Documents are LawBench's questions with their answers, as many times over as fill some megabytes, numbered so
-that no two are equal. Each contender is a process of its own; what is timed begins with the texts in memory and
+that no two are equal. Each contender is a process of its own; what is timed begins with texts in memory and
 the tokenizer loaded, and ends when the ids are on disk. Then each is asked again, in a new process. All ids
 are compared, one by one.
 """
