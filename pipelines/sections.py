@@ -8,6 +8,7 @@ from typing import Any
 from components.evaluate.config import METRICS, metrics_of
 from components.register.config import BETTER
 from components.shared import examples, tasks
+from components.split.config import SplitConfig
 from components.train.adapters.config import KINDS as ADAPTERS
 
 # Tasks whose models evaluate opens with an adapter beside their base.
@@ -25,6 +26,11 @@ def misfits(raw: Mapping[str, Any]) -> Iterator[tuple[tuple[str, ...], str]]:
     ingest, train = _section(raw, "ingest"), _section(raw, "train")
     if "test_source" in ingest:
         yield ("ingest", "test_source"), "write it as split.test_source, beside the ratios it changes"
+    if "domain" in ingest:
+        yield ("ingest", "domain"), "write it as train.first.source, beside the phase that learns from it"
+    most = SplitConfig.model_fields["max_domain_leaks"].default  # a resolved file says it always
+    if not train.get("first") and _section(raw, "split").get("max_domain_leaks", most) != most:
+        yield ("split", "max_domain_leaks"), "there is no domain text to look through without train.first"
     if _has(raw, "deploy") and not _has(raw, "register"):
         yield ("deploy",), "needs a register section: only a registered model is put in service"
     trait = tasks.trait(train.get("objective"))
@@ -160,6 +166,11 @@ def fill_in(raw: dict[str, Any]) -> None:
     if isinstance(split.get("test_source"), str):
         # ingest reads it, so it belongs to ingest's key.
         ingest["test_source"] = split["test_source"]
+    first = _section(train, "first")
+    if isinstance(first.get("source"), str):
+        # As with split.test_source: ingest reads it, and split, which has test, looks for test in it.
+        named = _section(first, "columns").get("text")
+        ingest["domain"] = {"source": first["source"], "columns": {"text": named} if named else {}}
     wanted = [split[k] for k in ("stratify_by", "group_by") if isinstance(split.get(k), str)]
     keep = ingest.get("keep") or []
     if isinstance(keep, list):

@@ -1,7 +1,8 @@
 """The dataset types: which fields an example of each has.
 
 An example on disk is a JSON object: the fields below, `id` (hex sha256 of the fields, so equal content has
-equal ids), `origin` ({file, line, part}: where it was read; part is `main` or `test`), `extra` (columns kept
+equal ids), `origin` ({file, line, part}: where it was read; part is `main`, `test` or
+`domain`), `extra` (columns kept
 beside, e.g. for grouping) and `original` (fields as they were before normalisation, where that changed them).
 """
 
@@ -9,6 +10,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any, Literal
+
+# Beside `examples.jsonl`, in artifacts of a pipeline that trains on domain text first: the documents.
+DOMAIN = "domain.jsonl"
 
 DatasetType = Literal[
     "prompt-completion",

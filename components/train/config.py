@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 from components.shared import tasks
 from components.shared.settings import Settings
 from components.train.adapters.config import KINDS, AdapterConfig
+from components.train.first import First, filled, phase
 from components.train.objectives.config import ObjectiveConfig
 
 
@@ -19,6 +20,17 @@ class EarlyStopping(Settings):
     min_delta: float = Field(0.001, ge=0)
 
 
+# What to do where the objective cannot follow domain text in the same pipeline.
+_BEFORE_IT = (
+    "it is measured against its base: train domain text and sft first, and name that model as base_model"
+)
+_INSTEAD = {
+    "dpo": _BEFORE_IT,
+    "ppo": _BEFORE_IT,
+    "language-modeling": "put both sources into one corpus, or train twice",
+    "masked-language-modeling": "put both sources into one corpus, or train twice",
+    "seq2seq": "an encoder-decoder has no objective for documents",
+}
 # Objectives that implement `outputs`: the base, without a new head, predicts the same.
 _PREDICTED = ("sft",)
 
@@ -80,6 +92,7 @@ class TrainConfig(Settings):
         precision: `auto` is bfloat16 where the processor computes in it and the adapter learns in it, else
             float32.
         gradient_checkpointing: trade a third more arithmetic for activation memory.
+        first: domain text that is learnt before the task, see First; null for none.
         retain: what must not be forgotten, see Retain; null for nothing.
         early_stopping: see EarlyStopping; null switches it off.
         eval_steps: optimizer updates between evaluations on eval; None: ten times in the run.
@@ -109,6 +122,7 @@ class TrainConfig(Settings):
     max_over_length: float = Field(0.05, ge=0, le=1)
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     gradient_checkpointing: bool = False
+    first: First | None = None
     retain: Retain | None = None
     early_stopping: EarlyStopping | None = EarlyStopping()
     eval_steps: int | None = Field(None, ge=1)
@@ -124,6 +138,11 @@ class TrainConfig(Settings):
     def external_datasets(self) -> list[str]:
         """The retention set."""
         return [self.retain.source] if self.retain else []
+
+    def first_phase(self) -> TrainConfig:
+        """The settings of the first phase; only where there is one."""
+        assert self.first is not None
+        return TrainConfig.model_validate(self.model_dump() | phase(self.first))
 
     @property
     def peak_rate(self) -> float:
@@ -142,6 +161,35 @@ class TrainConfig(Settings):
         return self
 
     @model_validator(mode="after")
+    def _phases_fit(self) -> TrainConfig:
+        """One message with all faults of `first`, and whatever its own settings do not go with."""
+        if self.first is None:
+            return self
+        kind, after = self.objective.kind, tasks.OBJECTIVES[self.objective.kind].after
+        faults = []
+        if not after:
+            faults.append(f"first: no domain text before {kind}; {_INSTEAD.get(kind, 'drop it')}")
+        elif self.first.objective.kind not in after:
+            faults.append(
+                f"first.objective {self.first.objective.kind} does not go before {kind}; "
+                f"it may be {' or '.join(after)}"
+            )
+        if self.retain and (self.retain.ewc or self.retain.distil_from_base):
+            faults.append(
+                "retain.ewc and retain.distil_from_base hold the model to its base, and would undo what "
+                "first taught; use retain.replay"
+            )
+        if self.adapter.kind in ("prompt", "prefix", "p_tuning_v2"):
+            faults.append(
+                f"first: a soft prompt ({self.adapter.kind}) says what to do, and holds no domain text; "
+                "choose another adapter"
+            )
+        if faults:
+            raise ValueError("; ".join(faults))
+        self.first_phase()
+        return self
+
+    @model_validator(mode="after")
     def _rate_known(self) -> TrainConfig:
         if self.learning_rate == "auto" and self.objective.kind == "multi-task":
             raise ValueError(
@@ -156,22 +204,25 @@ class TrainConfig(Settings):
         """Fill in what depends on other settings, so that a resolved pipeline file shows it."""
         if not isinstance(raw, dict):
             return raw
-        filled = dict(raw)
+        found = dict(raw)
         for axis in ("objective", "adapter"):
-            if isinstance(filled.get(axis), str):
-                filled[axis] = {"kind": filled[axis]}
-        usual = tasks.trait(filled.get("objective"))
-        if filled.get("adapter") is None:
-            filled["adapter"] = {"kind": usual.adapter if usual else "full"}
-        if filled.get("learning_rate") is None:
-            adapter = filled["adapter"]
+            if isinstance(found.get(axis), str):
+                found[axis] = {"kind": found[axis]}
+        usual = tasks.trait(found.get("objective"))
+        if found.get("adapter") is None:
+            found["adapter"] = {"kind": usual.adapter if usual else "full"}
+        if found.get("learning_rate") is None:
+            adapter = found["adapter"]
             kind = adapter.get("kind") if isinstance(adapter, dict) else getattr(adapter, "kind", None)
-            filled["learning_rate"] = KINDS[kind if kind in KINDS else "full"].usual_rate
-        if filled.get("over_length") is None and usual:
-            filled["over_length"] = "split" if usual.splits else "drop"
-        if filled.get("epochs") is None and filled.get("max_steps") is None:
-            filled["epochs"] = 3.0
-        return filled
+            found["learning_rate"] = KINDS[kind if kind in KINDS else "full"].usual_rate
+        if found.get("over_length") is None and usual:
+            found["over_length"] = "split" if usual.splits else "drop"
+        if found.get("epochs") is None and found.get("max_steps") is None:
+            found["epochs"] = 3.0
+        if found.get("first") is not None:
+            defaults = {name: field.default for name, field in cls.model_fields.items()}
+            found["first"] = filled(found["first"], defaults | found, usual)
+        return found
 
     @model_validator(mode="after")
     def _over_length(self) -> TrainConfig:

@@ -2,27 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import random
-import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from components.shared import drift, jsonl, sources, tracking
-from components.shared.errors import StageStopped
+from components.shared import causal, drift, jsonl, sources, tracking
 from components.shared.modelcard import BaseModelRef, ModelCard
 from components.shared.stage import Artifact, Context, Result
-from components.train import checkpoint, holding, job, keeping, retention, saving, selfcheck
+from components.train import holding, job, keeping, phases, retention, runs, saving, selfcheck, tokens
 from components.train.adapters.applying import apply_adapter, weight_counts
 from components.train.config import TrainConfig
-from components.train.data import Ledger, fit_lengths, total_steps
-from components.train.fit import Fit, fit
+from components.train.data import Ledger, total_steps
+from components.train.fit import fit, judged
 from components.train.objectives.base import Objective
 from components.train.objectives.config import PpoObjective
 from components.train.objectives.opening import computed_in, open_objective
+from components.train.ongoing import Fit
 from components.train.ranks import ALONE, Ranks
 from components.train.trainjob import ASKED, Nodes
 from components.train.update import autocast
@@ -31,8 +32,6 @@ log = logging.getLogger("tuneyard.train")
 
 # Kubeflow Pipelines sets it in each pod it starts.
 _POD = "KFP_POD_NAME"
-
-_REPORT_SECONDS = 15.0
 
 
 def _rows(artifact: Artifact) -> list[dict[str, Any]]:
@@ -89,55 +88,6 @@ def _adapt(objective: Objective, config: TrainConfig) -> None:
             objective.model.enable_input_require_grads()
 
 
-def _track(
-    config: TrainConfig, context: Context, inputs: Mapping[str, Artifact], facts: dict[str, Any]
-) -> str:
-    settings = {k: v for k, v in config.model_dump(mode="json").items() if not isinstance(v, dict)}
-    for axis in ("objective", "adapter"):
-        settings |= {f"{axis}.{k}": v for k, v in getattr(config, axis).model_dump(mode="json").items()}
-    digests = {f"digest.{name}": artifact.manifest.digest for name, artifact in inputs.items()}
-    tags = {"tuneyard.run": context.run, "tuneyard.key": context.key} | digests
-    return tracking.start_run(context.pipeline, context.run, settings | facts, tags)
-
-
-def _fit_tracked(
-    fitting: Callable[..., Fit],
-    sides: Mapping[str, list[Any]],
-    config: TrainConfig,
-    context: Context,
-    run_id: str,
-) -> Fit:
-    """Fit with curves and system metrics in MLflow; the MLflow run says how it ended."""
-    logged, sent = 0, time.monotonic()
-
-    def report(history: list[dict[str, float]], ended: bool) -> None:
-        # MLflow keeps a point that it is sent twice, with its own time, once: a resumed run may repeat some.
-        nonlocal logged, sent
-        if ended or time.monotonic() - sent > _REPORT_SECONDS:
-            tracking.log_history(run_id, history[logged:])
-            logged, sent = len(history), time.monotonic()
-
-    ended: Literal["FINISHED", "FAILED", "KILLED"] = "FAILED"
-    try:
-        with tracking.system_metrics(run_id):
-            folder = context.work / "checkpoints"
-            result = fitting(sides["train"], sides["eval"], config, folder=folder, report=report)
-        tracking.log_metrics(run_id, {"eval_loss": result.base_loss})  # as step 0 of the curve
-        ended = "FINISHED"
-    except KeyboardInterrupt:
-        ended = "KILLED"
-        raise
-    finally:
-        tracking.end_run(run_id, ended)
-    return result
-
-
-def _resumed_run(context: Context) -> str:
-    """The MLflow run of an attempt that was cut off, so that its curve goes on; empty for none."""
-    note = context.work / "mlflow_run"
-    return note.read_text() if note.exists() and checkpoint.newest(context.work / "checkpoints") else ""
-
-
 def train(config: TrainConfig, inputs: Mapping[str, Artifact], context: Context) -> Result:
     """Train in this process, or where TUNEYARD_TRAIN_JOB says so in the nodes of a TrainJob.
 
@@ -177,48 +127,124 @@ def train_here(
         StageStopped: too many examples are over-long, or there are too few labels.
         TuneyardError: the loss is not finite, or other weights move than the adapter promises.
     """
-    _seed(config.seed)
+    base = _reference(config.base_model, context, config.revision)
     rows = {side: _rows(inputs[side]) for side in ("train", "eval")}
+    with contextlib.ExitStack() as open_runs:
+        before = None
+        if config.first:
+            before = _learn_domain(config, inputs, base, context, ranks, saved, open_runs)
+        made = _ready(config, rows, context)
+        facts: dict[str, Any] = {"trainable_weights": made.weights[0], "total_weights": made.weights[1]}
+        facts["base_fingerprint"] = base.fingerprint
+        if before is None:
+            run_id, first = open_runs.enter_context(runs.tracked(config, context, inputs, facts, ranks)), {}
+        else:
+            run_id, first = before.run_id, _go_on(before, made, config, ranks)
+            tracking.log_settings(run_id, facts)
+        result = _fitted(made, config, context, run_id, ranks, saved, first=first)
+    if not ranks.writes:
+        return Result(kinds={})
+    ledgers = {**(before.ledgers if before else {}), **made.ledgers}
+    card = _card(made.objective, config, base, made.weights, run_id, context)
+    kept = retention.figures(result.history, result.best_step, result.base_retention_loss)
+    reference = drift.of_training(made.encoded["train"], rows["train"])
+    learnt = phases.described(config, first, ledgers["first_train"], inputs) if first else None
+    card = card.model_copy(update={"retention": kept, "reference": reference, "first": learnt})
+    saving.save(made.objective, config, card, context.out / "model")
+    return saving.describe(result, ledgers, card, context, run_id, made.checked)
+
+
+@dataclass(frozen=True)
+class _Ready:
+    """An objective whose adapter is on and which passed the self-check, and the examples it encoded."""
+
+    objective: Objective
+    encoded: dict[str, Sequence[Any]]
+    ledgers: dict[str, Ledger]
+    weights: tuple[int, int]
+    checked: dict[str, float]
+    precision: causal.Precision
+
+
+def _ready(config: TrainConfig, rows: dict[str, list[dict[str, Any]]], context: Context) -> _Ready:
+    """Everything before the first update of a phase: the same whenever it is done again."""
+    _seed(config.seed)
     objective = _open(config, rows["train"], context)
-    judged = sorted(objective.usable(rows["eval"]), key=lambda row: row["id"])
-    rows["eval"] = judged[: config.eval_examples]
-    encoded, ledgers = _encode(objective, rows, config)
+    watched = sorted(objective.usable(rows["eval"]), key=lambda row: row["id"])
+    rows = {**rows, "eval": watched[: config.eval_examples]}
+    folder = sources.model_folder(config.base_model, context.store, config.revision)
+    cache = context.store.cache if context.store else None
+    encoded, ledgers = tokens.encoded(objective, rows, config, folder, cache)
     precision = computed_in(config)
     objective.prepare([*encoded["train"], *encoded["eval"]], partial(autocast, precision))
     _adapt(objective, config)
-    moving, total = weight_counts(objective, config, total_steps(len(encoded["train"]), config))
-    base = _reference(config.base_model, context, config.revision)
+    weights = weight_counts(objective, config, total_steps(len(encoded["train"]), config))
     objective.start()
     checked = selfcheck.check(objective, encoded["train"], rows["train"], precision)
     holding.begin(objective, config, context.store, partial(autocast, precision))
-    facts = {"trainable_weights": moving, "total_weights": total, "base_fingerprint": base.fingerprint}
-    run_id = (_resumed_run(context) or _track(config, context, inputs, facts)) if ranks.writes else ""
-    context.work.mkdir(parents=True, exist_ok=True)
-    (context.work / "mlflow_run").write_text(run_id)
-    log.info("train: %d examples, %d of %d weights move", len(encoded["train"]), moving, total)
-    fitting = partial(fit, objective, precision=precision, ranks=ranks, saved=saved)
-    result = _fit_tracked(fitting, encoded, config, context, run_id)
-    if not ranks.writes:
-        return Result(kinds={})
-    card = _card(objective, config, base, (moving, total), run_id, context)
-    kept = retention.figures(result.history, result.best_step, result.base_retention_loss)
-    reference = drift.of_training(encoded["train"], rows["train"])
-    card = card.model_copy(update={"retention": kept, "reference": reference})
-    saving.save(objective, config, card, context.out / "model")
-    return saving.describe(result, ledgers, card, context, run_id, checked)
+    log.info("train: %d examples, %d of %d weights move", len(encoded["train"]), *weights)
+    return _Ready(objective, encoded, ledgers, weights, checked, precision)
 
 
-def _encode(
-    objective: Objective, rows: Mapping[str, list[dict[str, Any]]], config: TrainConfig
-) -> tuple[dict[str, list[Any]], dict[str, Ledger]]:
-    """Each side as token ids under the over-length policy, and its ledger."""
-    encoded, ledgers = {}, {}
-    for side, examples in rows.items():
-        encoded[side], ledgers[side] = fit_lengths(
-            examples, objective.encode, objective.shorten, config, objective.pieces
-        )
-        ledgers[side].parts = objective.account(examples, encoded[side])
-        if not encoded[side]:
-            todo = "see train.max_length and train.over_length"
-            raise StageStopped(f"no example of {side} is left to use", todo)
-    return encoded, ledgers
+def _fitted(
+    made: _Ready,
+    config: TrainConfig,
+    context: Context,
+    run_id: str,
+    ranks: Ranks,
+    saved: Callable[[Path], None],
+    prefix: str = "",
+    **phase: Any,
+) -> Fit:
+    """Fit a phase; its curve goes to MLflow, the loss of the start as step 0."""
+    folder, report = context.work / "checkpoints", runs.curve(run_id, prefix)
+    sides = made.encoded["train"], made.encoded["eval"]
+    result = fit(
+        made.objective, *sides, config, made.precision, folder, report, ranks=ranks, saved=saved, **phase
+    )
+    tracking.log_metrics(run_id, {f"{prefix}eval_loss": result.base_loss})
+    return result
+
+
+@dataclass(frozen=True)
+class _Before:
+    """A first phase that has ended: how it went, and the weights it moved, which the second takes over.
+
+    Where the second has begun there are none: its checkpoint has them.
+    """
+
+    run_id: str
+    how: dict[str, Any]
+    weights: dict[str, Any]
+    ledgers: dict[str, Ledger]
+
+
+def _learn_domain(
+    config: TrainConfig,
+    inputs: Mapping[str, Artifact],
+    base: BaseModelRef,
+    context: Context,
+    ranks: Ranks,
+    saved: Callable[[Path], None],
+    open_runs: contextlib.ExitStack,
+) -> _Before:
+    """The first phase, done or, by the newest checkpoint, found done."""
+    known, own = phases.begun(context.work / "checkpoints"), config.first_phase()
+    made = _ready(own, phases.documents(inputs), context)
+    facts = {"base_fingerprint": base.fingerprint}
+    run_id = open_runs.enter_context(runs.tracked(config, context, inputs, facts, ranks))
+    ledgers = {f"first_{side}": ledger for side, ledger in made.ledgers.items()}
+    if known is not None:
+        return _Before(run_id, known, {}, ledgers)
+    log.info("train: first phase, %s", own.objective.kind)
+    result = _fitted(made, own, context, run_id, ranks, saved, prefix="first.", more=True)
+    return _Before(run_id, phases.ended(result), phases.taken(made.objective.model), ledgers)
+
+
+def _go_on(before: _Before, made: _Ready, config: TrainConfig, ranks: Ranks) -> dict[str, Any]:
+    """Hand over to the second phase; what the base would have lost on the task is taken down first."""
+    if not before.weights:
+        return before.how
+    original = judged(made.objective, made.encoded["eval"], config, made.precision, ranks)
+    phases.hand_over(before.weights, made.objective.model)
+    return {**before.how, "original": original}
