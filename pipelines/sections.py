@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from components.evaluate.config import METRICS, metrics_of
+from components.evaluate.config import METRICS, OF_TEACHER, metrics_of
 from components.register.config import BETTER
 from components.shared import examples, tasks
 from components.train.adapters.config import KINDS as ADAPTERS
@@ -45,11 +45,17 @@ def misfits(raw: Mapping[str, Any]) -> Iterator[tuple[tuple[str, ...], str]]:
         )
     yield from _strange_metrics(raw, trait.task, given if given in trait.formats else trait.formats[0])
     yield from _dead_settings(train)
-    hardware = _section(raw, "hardware")
-    if trait is tasks.OBJECTIVES["ppo"] and (
-        hardware.get("nodes", 1) != 1 or hardware.get("gpus_per_node", 0) not in (0, 1)
-    ):
-        yield ("hardware",), "ppo trains in one process yet: nodes: 1, and gpus_per_node 0 or 1"
+    yield from _one_process(raw)
+
+
+def _one_process(raw: Mapping[str, Any]) -> Iterator[tuple[tuple[str, ...], str]]:
+    """Objectives whose answers are written by one process."""
+    objective, hardware = _objective(raw), _section(raw, "hardware")
+    kind = objective.get("kind", _section(raw, "train").get("objective"))
+    if kind != "ppo" and (kind, objective.get("level")) != ("distillation", "sequence"):
+        return
+    if hardware.get("nodes", 1) != 1 or hardware.get("gpus_per_node", 0) not in (0, 1):
+        yield ("hardware",), f"{kind} trains in one process yet: nodes: 1, and gpus_per_node 0 or 1"
 
 
 def _beside_its_base(
@@ -119,6 +125,8 @@ def _strange_metrics(
             yield ("evaluate", "gates", metric), what
         elif metric == "retention_loss_increase" and not _section(raw, "train").get("retain"):
             yield ("evaluate", "gates", metric), "needs train.retain: what must not be forgotten"
+        elif metric in OF_TEACHER and metric in ours and "teacher" not in _objective(raw):
+            yield ("evaluate", "gates", metric), "needs an objective with a teacher (distillation)"
         elif metric in every and metric not in ours:
             what = f"no metric of a {task} model on {dataset_type} data; its metrics are {', '.join(ours)}"
             yield ("evaluate", "gates", metric), what
@@ -126,6 +134,10 @@ def _strange_metrics(
     if isinstance(compared, str) and compared in BETTER and compared not in ours:
         known = ", ".join(name for name in BETTER if name in ours)
         yield ("register", "compare_by"), f"{compared} is no metric of a {task} model; choose from {known}"
+
+
+def _objective(raw: Mapping[str, Any]) -> dict[str, Any]:
+    return _section(_section(raw, "train"), "objective")
 
 
 def fill_in(raw: dict[str, Any]) -> None:

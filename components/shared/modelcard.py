@@ -58,6 +58,7 @@ class ModelCard(BaseModel):
             the tokenizer files).
         base_model: what it was tuned from.
         reward_model: what judged its answers in training; None for none.
+        teacher: what it was distilled from; None for nothing.
         quantised: what the base's layers were held in while the adapter was trained; None for no less than
             they are stored in.
         labels: class names (of a token-classification model its tags) in logit order; empty where there are
@@ -79,6 +80,7 @@ class ModelCard(BaseModel):
     layout: Literal["transformers", "peft", "addon", "onnx"]
     base_model: BaseModelRef
     reward_model: BaseModelRef | None = None
+    teacher: BaseModelRef | None = None
     quantised: Literal["nf4"] | None = None
     labels: list[str] = []
     scale: Scale | None = None

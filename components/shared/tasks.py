@@ -35,6 +35,8 @@ ObjectiveKind = Literal[
     "dpo",
     "reward",
     "ppo",
+    "distillation",
+    "classification-distillation",
 ]
 # What compress can make smaller, and what the model server answers with.
 COMPRESSED: tuple[Task, ...] = ("causal-lm", "classification")
@@ -78,6 +80,13 @@ OBJECTIVES: dict[str, Trait] = {
     "dpo": Trait("causal-lm", ("preference",), adapter="lora", group_by="prompt"),
     "reward": Trait("reward", ("preference",), adapter="lora", group_by="prompt"),
     "ppo": Trait("causal-lm", ("prompt-only",), adapter="lora", smooths=False),
+    # The teacher's probabilities are what smooths their labels.
+    "distillation": Trait(
+        "causal-lm", ("prompt-completion", "conversational"), adapter="lora", smooths=False
+    ),
+    "classification-distillation": Trait(
+        "classification", ("labelled-text",), stratify_by="label", smooths=False
+    ),
 }
 
 

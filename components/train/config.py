@@ -161,8 +161,11 @@ class TrainConfig(Settings):
             if isinstance(filled.get(axis), str):
                 filled[axis] = {"kind": filled[axis]}
         usual = tasks.trait(filled.get("objective"))
+        cut_out = isinstance(filled.get("objective"), dict) and filled["objective"].get("student")
+        if cut_out and filled.get("base_model") is None:
+            filled["base_model"] = filled["objective"].get("teacher")
         if filled.get("adapter") is None:
-            filled["adapter"] = {"kind": usual.adapter if usual else "full"}
+            filled["adapter"] = {"kind": usual.adapter if usual and not cut_out else "full"}
         if filled.get("learning_rate") is None:
             adapter = filled["adapter"]
             kind = adapter.get("kind") if isinstance(adapter, dict) else getattr(adapter, "kind", None)
@@ -188,6 +191,16 @@ class TrainConfig(Settings):
             raise ValueError(
                 f"label_smoothing ({self.label_smoothing:g}) means nothing to {self.objective.kind}, "
                 "which has no labels; drop it"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _whole_student(self) -> TrainConfig:
+        adapter = self.adapter
+        if getattr(self.objective, "student", None) and (adapter.frozen or adapter.beside):
+            raise ValueError(
+                f"a student of some layers has no base that adapter {adapter.kind} could be put on again: "
+                "use full, last_layers or progressive"
             )
         return self
 

@@ -21,7 +21,6 @@ from components.train.config import TrainConfig
 from components.train.data import Ledger, fit_lengths, total_steps
 from components.train.fit import Fit, fit
 from components.train.objectives.base import Objective
-from components.train.objectives.config import PpoObjective
 from components.train.objectives.opening import computed_in, open_objective
 from components.train.ranks import ALONE, Ranks
 from components.train.trainjob import ASKED, Nodes
@@ -54,9 +53,14 @@ def _seed(seed: int) -> None:
 def _open(config: TrainConfig, train: Sequence[Mapping[str, Any]], context: Context) -> Objective:
     """The base model with its objective."""
     folder = sources.model_folder(config.base_model, context.store, config.revision)
-    judging = config.objective.reward_model if isinstance(config.objective, PpoObjective) else None
-    reward_folder = sources.model_folder(judging, context.store) if judging else None
-    return open_objective(config, train, folder, reward_folder)
+    others = {name: sources.model_folder(uri, context.store) for name, uri in _others(config).items()}
+    return open_objective(config, train, folder, others.get("reward_model"), others.get("teacher"))
+
+
+def _others(config: TrainConfig) -> dict[str, str]:
+    """URIs of the models that the objective learns from, by their field of the card."""
+    named = {name: getattr(config.objective, name, None) for name in ("reward_model", "teacher")}
+    return {name: uri for name, uri in named.items() if uri}
 
 
 def _reference(uri: str, context: Context, revision: str = "main") -> BaseModelRef:
@@ -73,11 +77,10 @@ def _card(
     run_id: str,
     context: Context,
 ) -> ModelCard:
-    """The card of the trained model, with what judged its answers."""
+    """The card of the trained model, with what judged its answers or taught it."""
     card = saving.card(objective, config, base, weights, run_id)
-    if not isinstance(config.objective, PpoObjective):
-        return card
-    return card.model_copy(update={"reward_model": _reference(config.objective.reward_model, context)})
+    others = {name: _reference(uri, context) for name, uri in _others(config).items()}
+    return card.model_copy(update=others)
 
 
 def _adapt(objective: Objective, config: TrainConfig) -> None:
@@ -182,14 +185,17 @@ def train_here(
     objective = _open(config, rows["train"], context)
     judged = sorted(objective.usable(rows["eval"]), key=lambda row: row["id"])
     rows["eval"] = judged[: config.eval_examples]
-    encoded, ledgers = _encode(objective, rows, config)
+    learned, unused = objective.rewritten(rows, context.work / "rewritten")
+    encoded, ledgers = _encode(objective, learned, config)
+    for side, left_out in unused.items():
+        ledgers[side].leave_out(left_out)
     precision = computed_in(config)
     objective.prepare([*encoded["train"], *encoded["eval"]], partial(autocast, precision))
     _adapt(objective, config)
     moving, total = weight_counts(objective, config, total_steps(len(encoded["train"]), config))
     base = _reference(config.base_model, context, config.revision)
     objective.start()
-    checked = selfcheck.check(objective, encoded["train"], rows["train"], precision)
+    checked = selfcheck.check(objective, encoded["train"], learned["train"], precision)
     holding.begin(objective, config, context.store, partial(autocast, precision))
     facts = {"trainable_weights": moving, "total_weights": total, "base_fingerprint": base.fingerprint}
     run_id = (_resumed_run(context) or _track(config, context, inputs, facts)) if ranks.writes else ""
@@ -202,14 +208,16 @@ def train_here(
         return Result(kinds={})
     card = _card(objective, config, base, (moving, total), run_id, context)
     kept = retention.figures(result.history, result.best_step, result.base_retention_loss)
-    reference = drift.of_training(encoded["train"], rows["train"])
+    reference = drift.of_training(encoded["train"], learned["train"])
     card = card.model_copy(update={"retention": kept, "reference": reference})
     saving.save(objective, config, card, context.out / "model")
-    return saving.describe(result, ledgers, card, context, run_id, checked)
+    said = saving.describe(result, ledgers, card, context, run_id, checked)
+    objective.leave(context.out / "ledger")
+    return said
 
 
 def _encode(
-    objective: Objective, rows: Mapping[str, list[dict[str, Any]]], config: TrainConfig
+    objective: Objective, rows: Mapping[str, Sequence[dict[str, Any]]], config: TrainConfig
 ) -> tuple[dict[str, list[Any]], dict[str, Ledger]]:
     """Each side as token ids under the over-length policy, and its ledger."""
     encoded, ledgers = {}, {}

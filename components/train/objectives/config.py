@@ -7,6 +7,10 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from components.shared.settings import Settings
+from components.train.objectives.distillation_config import (
+    ClassificationDistillationObjective,
+    DistillationObjective,
+)
 
 
 class SftObjective(Settings):
@@ -240,6 +244,8 @@ ObjectiveConfig = Annotated[
     | MultiTaskObjective
     | DpoObjective
     | RewardObjective
-    | PpoObjective,
+    | PpoObjective
+    | DistillationObjective
+    | ClassificationDistillationObjective,
     Field(discriminator="kind"),
 ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -199,7 +199,7 @@ class Ppo(Noting):
         """Answer the prompts and have the answers judged."""
         self.model.eval()
         ends = chat.end_ids(self.tokenizer)
-        with _unpacked(self.model):
+        with packed.unpacked(self.model):
             answers = generation.generate(
                 self.model,
                 [prompt.prompt for prompt in prompts],
@@ -277,16 +277,3 @@ class Ppo(Noting):
     def template_probe(self) -> dict[str, Any] | None:
         """See Objective."""
         return chat.probe(self.tokenizer)
-
-
-@contextmanager
-def _unpacked(model: Any) -> Iterator[None]:
-    """Attention that takes a batch and a cache, in place of examples laid end to end."""
-    before = packed.used(model)
-    if before:
-        model.set_attn_implementation("sdpa")
-    try:
-        yield
-    finally:
-        if before:
-            packed.use(model)
