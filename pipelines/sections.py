@@ -46,16 +46,31 @@ def misfits(raw: Mapping[str, Any]) -> Iterator[tuple[tuple[str, ...], str]]:
     yield from _strange_metrics(raw, trait.task, given if given in trait.formats else trait.formats[0])
     yield from _dead_settings(train)
     yield from _one_process(raw)
+    yield from _unjudged(_objective(raw), given if given in trait.formats else trait.formats[0])
 
 
 def _one_process(raw: Mapping[str, Any]) -> Iterator[tuple[tuple[str, ...], str]]:
     """Objectives whose answers are written by one process."""
     objective, hardware = _objective(raw), _section(raw, "hardware")
     kind = objective.get("kind", _section(raw, "train").get("objective"))
-    if kind != "ppo" and (kind, objective.get("level")) != ("distillation", "sequence"):
+    if kind not in tasks.ANSWERING and (kind, objective.get("level")) != ("distillation", "sequence"):
         return
     if hardware.get("nodes", 1) != 1 or hardware.get("gpus_per_node", 0) not in (0, 1):
         yield ("hardware",), f"{kind} trains in one process yet: nodes: 1, and gpus_per_node 0 or 1"
+
+
+def _unjudged(objective: Mapping[str, Any], dataset_type: str) -> Iterator[tuple[tuple[str, ...], str]]:
+    """Rules over answers that the data does not have, and prompts whose answers nothing would judge."""
+    if objective.get("kind") not in ("grpo", "rloo") or dataset_type != "prompt-only":
+        return
+    rules = objective.get("rewards")
+    kinds = [rule.get("kind") for rule in rules if isinstance(rule, dict)] if isinstance(rules, list) else []
+    if "answer" in kinds:
+        what = "a reward of kind answer compares with the data's own answers"
+        yield ("train", "objective", "rewards"), f"{what}; set ingest.format: prompt-completion"
+    elif rules and not objective.get("reward_model"):
+        what = "evaluate judges answers by a reward_model or by the data's own"
+        yield ("train", "objective", "rewards"), f"{what}; name one, or set ingest.format: prompt-completion"
 
 
 def _beside_its_base(
@@ -103,14 +118,14 @@ def _dead_settings(train: Mapping[str, Any]) -> Iterator[tuple[tuple[str, ...], 
     kind = objective.get("kind", train.get("objective"))
     if objective.get("loss") == "ipo" and train.get("label_smoothing"):
         yield ("train", "label_smoothing"), "loss ipo has no labels; drop it, or set loss: sigmoid"
-    if kind != "ppo":
+    if kind not in tasks.ANSWERING:
         return
-    why = "ppo computes without dropout, or its ratio of new to old probability would be noise; drop it"
+    why = f"{kind} computes without dropout, or its ratio of new to old probability would be noise; drop it"
     for at, section in ((("train",), train), (("train", "adapter"), adapter)):
         if section.get("dropout"):
             yield (*at, "dropout"), why
     if train.get("gradient_checkpointing"):
-        yield ("train", "gradient_checkpointing"), "ppo keeps its activations; drop it"
+        yield ("train", "gradient_checkpointing"), f"{kind} keeps its activations; drop it"
 
 
 def _strange_metrics(

@@ -143,6 +143,11 @@ class TrainConfig(Settings):
 
     @model_validator(mode="after")
     def _rate_known(self) -> TrainConfig:
+        if self.learning_rate == "auto" and self.objective.kind in tasks.ANSWERING:
+            raise ValueError(
+                f"learning_rate: auto cannot go with {self.objective.kind}, whose loss is of answers "
+                "that are yet to be drawn: set a number"
+            )
         if self.learning_rate == "auto" and self.objective.kind == "multi-task":
             raise ValueError(
                 "learning_rate: auto cannot go with multi-task, whose weights of tasks have a rate of their "

@@ -11,6 +11,7 @@ from components.train.objectives.distillation_config import (
     ClassificationDistillationObjective,
     DistillationObjective,
 )
+from components.train.objectives.group_config import GrpoObjective, RlooObjective
 
 
 class SftObjective(Settings):
@@ -245,6 +246,8 @@ ObjectiveConfig = Annotated[
     | DpoObjective
     | RewardObjective
     | PpoObjective
+    | GrpoObjective
+    | RlooObjective
     | DistillationObjective
     | ClassificationDistillationObjective,
     Field(discriminator="kind"),

@@ -9,6 +9,7 @@ from typing import Any
 from components.shared import causal
 from components.shared.errors import TuneyardError
 from components.train.config import TrainConfig
+from components.train.objectives.answering import judge_of
 from components.train.objectives.base import Objective, choose_attention
 from components.train.objectives.classification import Classification, class_weights, labels_of
 from components.train.objectives.classification_distillation import ClassificationDistillation
@@ -16,12 +17,14 @@ from components.train.objectives.config import (
     ClassificationObjective,
     ContrastiveObjective,
     DpoObjective,
+    GrpoObjective,
     LanguageModelingObjective,
     MaskedLanguageModelingObjective,
     MultiTaskObjective,
     PpoObjective,
     RegressionObjective,
     RewardObjective,
+    RlooObjective,
     Seq2SeqObjective,
     SftObjective,
     TokenClassificationObjective,
@@ -34,11 +37,12 @@ from components.train.objectives.distillation_config import (
     Taught,
 )
 from components.train.objectives.dpo import Dpo
+from components.train.objectives.groups import Grpo, Rloo
 from components.train.objectives.language_modeling import LanguageModeling
 from components.train.objectives.masked_language_modeling import MaskedLanguageModeling
 from components.train.objectives.multi_task import MultiTask, heads_of
 from components.train.objectives.pairs import refuse_without_scores
-from components.train.objectives.ppo import Ppo, judge_of
+from components.train.objectives.ppo import Ppo
 from components.train.objectives.regression import Regression, scale_of
 from components.train.objectives.reward import Reward
 from components.train.objectives.seq2seq import Seq2Seq
@@ -88,6 +92,8 @@ def open_objective(
             assert reward_folder is not None  # whoever reads the pipeline file gives it with this objective
             judge, inside = judge_of(reward_folder), config.adapter.kind == "lora"
             objective = Ppo(folder, held_in(config), config.objective, judge, inside)
+        case GrpoObjective() | RlooObjective():
+            objective = _grouped(config, config.objective, folder, reward_folder)
         case DistillationObjective() | ClassificationDistillationObjective():
             objective = _taught(config, rows, folder, teacher_folder)
         case _:
@@ -114,6 +120,17 @@ def _encoder(config: TrainConfig, rows: Sequence[Mapping[str, Any]], folder: Pat
             found = heads_of(rows, config.objective)
             return MultiTask(folder, config.objective, found, config.peak_rate, config.dropout)
     raise AssertionError(f"no objective {config.objective.kind}")
+
+
+def _grouped(
+    config: TrainConfig, asked: GrpoObjective | RlooObjective, folder: Path, reward_folder: Path | None
+) -> Objective:
+    """An objective that compares answers."""
+    judge = judge_of(reward_folder) if reward_folder else None
+    inside = config.adapter.kind == "lora"
+    if isinstance(asked, GrpoObjective):
+        return Grpo(folder, held_in(config), asked, judge, inside)
+    return Rloo(folder, held_in(config), asked, judge, inside)
 
 
 def _taught(
