@@ -271,6 +271,39 @@ def test_what_preferences_cannot_do_is_said_before_anything_runs(tmp_path, objec
     assert expected in str(caught.value)
 
 
+ANSWER = "rewards: [{kind: answer}]"
+FORMAT = "rewards: [{kind: format, pattern: a}]"
+
+
+@pytest.mark.parametrize(
+    ("said", "data", "more", "expected"),
+    [
+        ("kind: grpo", PAIRS, "", "train.objective: nothing judges the answers"),
+        (f"kind: rloo, {ANSWER}", PAIRS, "", "rewards: a reward of kind answer compares with the data's own"),
+        (f"kind: grpo, {FORMAT}", PAIRS, "", "rewards: evaluate judges answers by a reward_model or by"),
+        ("kind: rloo, reward_model: ./judge", PAIRS, "  dropout: 0.1\n", "rloo computes without dropout"),
+        (
+            "kind: grpo, reward_model: ./judge",
+            PAIRS,
+            "hardware: {nodes: 2, gpus_per_node: 1}\n",
+            "grpo trains in one process yet",
+        ),
+        ("kind: grpo, rewards: [{kind: answr}]", PAIRS, "", "there is no 'answr'"),
+        (f"kind: grpo, {ANSWER}", GOOD.replace("{source", "{format: prompt-completion, source"), "", ""),
+        (f"kind: rloo, {FORMAT}, reward_model: ./judge", PAIRS, "", ""),
+    ],
+)
+def test_what_judges_drawn_answers_is_settled_before_anything_runs(tmp_path, said, data, more, expected):
+    path = write(tmp_path, data.replace("objective: sft", f"objective: {{{said}}}") + more)
+    if not expected:
+        spec = load(path)
+        assert load(write(tmp_path, yaml.safe_dump(spec.resolved()))) == spec
+        return
+    with pytest.raises(SpecError) as caught:
+        load(path)
+    assert expected in str(caught.value)
+
+
 DISTILLED = GOOD.replace("objective: sft", "objective: {kind: distillation, teacher: ./large}")
 
 
@@ -399,7 +432,7 @@ def test_test_reaches_evaluate_alone():
 
 
 # These need a reward model or a teacher.
-WITH_OTHERS = {"ppo", "distillation", "classification-distillation"}
+WITH_OTHERS = {"ppo", "grpo", "rloo", "distillation", "classification-distillation"}
 
 
 @pytest.mark.parametrize("kind", sorted(set(tasks.OBJECTIVES) - WITH_OTHERS))
