@@ -172,9 +172,9 @@ class TrainConfig(Settings):
         if filled.get("adapter") is None:
             filled["adapter"] = {"kind": usual.adapter if usual and not cut_out else "full"}
         named = filled["objective"].get("kind") if isinstance(filled.get("objective"), dict) else None
-        if named in tasks.ANSWERING and isinstance(filled["adapter"], dict):
-            if filled["adapter"].get("kind") in ("lora", "qlora"):
-                filled["adapter"] = {"dropout": 0.0, **filled["adapter"]}  # they compute without
+        wrapped = filled["adapter"] if isinstance(filled["adapter"], dict) else {}
+        if named in tasks.ANSWERING and wrapped.get("kind") in ("lora", "qlora"):
+            filled["adapter"] = {"dropout": 0.0, **wrapped}  # they compute without
         if filled.get("learning_rate") is None:
             adapter = filled["adapter"]
             kind = adapter.get("kind") if isinstance(adapter, dict) else getattr(adapter, "kind", None)
