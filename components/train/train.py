@@ -185,10 +185,7 @@ def train_here(
     objective = _open(config, rows["train"], context)
     judged = sorted(objective.usable(rows["eval"]), key=lambda row: row["id"])
     rows["eval"] = judged[: config.eval_examples]
-    learned, unused = objective.rewritten(rows, context.work / "rewritten")
-    encoded, ledgers = _encode(objective, learned, config)
-    for side, left_out in unused.items():
-        ledgers[side].leave_out(left_out)
+    learned, encoded, ledgers = _encode(objective, rows, config, context.work / "rewritten")
     precision = computed_in(config)
     objective.prepare([*encoded["train"], *encoded["eval"]], partial(autocast, precision))
     _adapt(objective, config)
@@ -211,22 +208,26 @@ def train_here(
     reference = drift.of_training(encoded["train"], learned["train"])
     card = card.model_copy(update={"retention": kept, "reference": reference})
     saving.save(objective, config, card, context.out / "model")
-    said = saving.describe(result, ledgers, card, context, run_id, checked)
     objective.leave(context.out / "ledger")
-    return said
+    return saving.describe(result, ledgers, card, context, run_id, checked)
 
 
 def _encode(
-    objective: Objective, rows: Mapping[str, Sequence[dict[str, Any]]], config: TrainConfig
-) -> tuple[dict[str, list[Any]], dict[str, Ledger]]:
-    """Each side as token ids under the over-length policy, and its ledger."""
+    objective: Objective, rows: Mapping[str, list[dict[str, Any]]], config: TrainConfig, folder: Path
+) -> tuple[Mapping[str, list[dict[str, Any]]], dict[str, list[Any]], dict[str, Ledger]]:
+    """Each side as it is learned, as token ids under the over-length policy, and its ledger.
+
+    `folder` is where the objective keeps what it must not do again.
+    """
     encoded, ledgers = {}, {}
-    for side, examples in rows.items():
+    learned, unused = objective.rewritten(rows, folder)
+    for side, examples in learned.items():
         encoded[side], ledgers[side] = fit_lengths(
             examples, objective.encode, objective.shorten, config, objective.pieces
         )
+        ledgers[side].leave_out(unused.get(side, []))
         ledgers[side].parts = objective.account(examples, encoded[side])
         if not encoded[side]:
             todo = "see train.max_length and train.over_length"
             raise StageStopped(f"no example of {side} is left to use", todo)
-    return encoded, ledgers
+    return learned, encoded, ledgers

@@ -80,6 +80,7 @@ class SequenceDistillation(Sft):
 
     def leave(self, folder: Path) -> None:
         """See Objective: what the teacher was asked and answered."""
+        folder.mkdir(parents=True, exist_ok=True)
         for path in self._left:
             shutil.copy(path, folder / path.name)
 

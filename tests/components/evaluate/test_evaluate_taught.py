@@ -20,6 +20,19 @@ from components.train.train import train
 LEVELS = {"logits": {"hard_weight": 0.0}, "sequence": {"max_new_tokens": 60}}
 
 
+def _what_train_leaves(level, ledger, said, rows):
+    """The ledger has the teacher's answers where it wrote some, else the history its divergence."""
+    if level == "sequence":
+        noted = list(jsonl.read(ledger / "teacher_answers_train.jsonl"))
+        assert [row["id"] for row in noted] == [row["id"] for row in rows]
+        # The teacher had learned these very answers.
+        assert [row["answer"] for row in noted if row["used"]] == [row["completion"] for row in rows]
+        return
+    assert said.summary["self_check"].keys() >= {"plain_loss", "plain_gradient"}
+    assert not list(ledger.glob("teacher*"))
+    assert "divergence" in next(row for row in jsonl.read(ledger / "history.jsonl") if row["step"] == 1)
+
+
 @pytest.mark.parametrize("level", LEVELS)
 def test_a_student_through_the_line(
     level, causal_line, causal_inputs, context, tmp_path, monkeypatch, write_dataset
@@ -45,18 +58,7 @@ def test_a_student_through_the_line(
     card = ModelCard.read(training.out / "model")
     assert card.task == "causal-lm" and card.teacher.uri == str(teacher)
     assert said.metrics["eval_loss"] < 0.5 * said.metrics["base_eval_loss"]
-    ledger = training.out / "ledger"
-    if level == "sequence":
-        noted = list(jsonl.read(ledger / "teacher_answers_train.jsonl"))
-        assert [row["id"] for row in noted] == [row["id"] for row in causal_line.train]
-        # The teacher had learned these very answers.
-        assert [row["answer"] for row in noted if row["used"]] == [
-            row["completion"] for row in causal_line.train
-        ]
-    else:
-        assert said.summary["self_check"].keys() >= {"plain_loss", "plain_gradient"}
-        assert not list(ledger.glob("teacher*"))
-        assert "divergence" in next(row for row in jsonl.read(ledger / "history.jsonl") if row["step"] == 1)
+    _what_train_leaves(level, training.out / "ledger", said, causal_line.train)
     inputs = {**causal_inputs, "model": Artifact(causal_inputs["model"].manifest, training.out / "model")}
     judging = EvaluateConfig(per_device_batch_size=4, max_new_tokens=60)
     context.out.mkdir()
