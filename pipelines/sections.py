@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from components.evaluate.config import METRICS, metrics_of
+from components.evaluate.config import METRICS, OF_TEACHER, metrics_of
 from components.register.config import BETTER
 from components.shared import examples, tasks
 from components.split.config import SplitConfig
@@ -51,11 +51,32 @@ def misfits(raw: Mapping[str, Any]) -> Iterator[tuple[tuple[str, ...], str]]:
         )
     yield from _strange_metrics(raw, trait.task, given if given in trait.formats else trait.formats[0])
     yield from _dead_settings(train)
-    hardware = _section(raw, "hardware")
-    if trait is tasks.OBJECTIVES["ppo"] and (
-        hardware.get("nodes", 1) != 1 or hardware.get("gpus_per_node", 0) not in (0, 1)
-    ):
-        yield ("hardware",), "ppo trains in one process yet: nodes: 1, and gpus_per_node 0 or 1"
+    yield from _one_process(raw)
+    yield from _unjudged(_objective(raw), given if given in trait.formats else trait.formats[0])
+
+
+def _one_process(raw: Mapping[str, Any]) -> Iterator[tuple[tuple[str, ...], str]]:
+    """Objectives whose answers are written by one process."""
+    objective, hardware = _objective(raw), _section(raw, "hardware")
+    kind = objective.get("kind", _section(raw, "train").get("objective"))
+    if kind not in tasks.ANSWERING and (kind, objective.get("level")) != ("distillation", "sequence"):
+        return
+    if hardware.get("nodes", 1) != 1 or hardware.get("gpus_per_node", 0) not in (0, 1):
+        yield ("hardware",), f"{kind} trains in one process yet: nodes: 1, and gpus_per_node 0 or 1"
+
+
+def _unjudged(objective: Mapping[str, Any], dataset_type: str) -> Iterator[tuple[tuple[str, ...], str]]:
+    """Rules over answers that the data does not have, and prompts whose answers nothing would judge."""
+    if objective.get("kind") not in ("grpo", "rloo") or dataset_type != "prompt-only":
+        return
+    rules = objective.get("rewards")
+    kinds = [rule.get("kind") for rule in rules if isinstance(rule, dict)] if isinstance(rules, list) else []
+    if "answer" in kinds:
+        what = "a reward of kind answer compares with the data's own answers"
+        yield ("train", "objective", "rewards"), f"{what}; set ingest.format: prompt-completion"
+    elif rules and not objective.get("reward_model"):
+        what = "evaluate judges answers by a reward_model or by the data's own"
+        yield ("train", "objective", "rewards"), f"{what}; name one, or set ingest.format: prompt-completion"
 
 
 def _beside_its_base(
@@ -103,14 +124,14 @@ def _dead_settings(train: Mapping[str, Any]) -> Iterator[tuple[tuple[str, ...], 
     kind = objective.get("kind", train.get("objective"))
     if objective.get("loss") == "ipo" and train.get("label_smoothing"):
         yield ("train", "label_smoothing"), "loss ipo has no labels; drop it, or set loss: sigmoid"
-    if kind != "ppo":
+    if kind not in tasks.ANSWERING:
         return
-    why = "ppo computes without dropout, or its ratio of new to old probability would be noise; drop it"
+    why = f"{kind} computes without dropout, or its ratio of new to old probability would be noise; drop it"
     for at, section in ((("train",), train), (("train", "adapter"), adapter)):
         if section.get("dropout"):
             yield (*at, "dropout"), why
     if train.get("gradient_checkpointing"):
-        yield ("train", "gradient_checkpointing"), "ppo keeps its activations; drop it"
+        yield ("train", "gradient_checkpointing"), f"{kind} keeps its activations; drop it"
 
 
 def _strange_metrics(
@@ -125,6 +146,8 @@ def _strange_metrics(
             yield ("evaluate", "gates", metric), what
         elif metric == "retention_loss_increase" and not _section(raw, "train").get("retain"):
             yield ("evaluate", "gates", metric), "needs train.retain: what must not be forgotten"
+        elif metric in OF_TEACHER and metric in ours and "teacher" not in _objective(raw):
+            yield ("evaluate", "gates", metric), "needs an objective with a teacher (distillation)"
         elif metric in every and metric not in ours:
             what = f"no metric of a {task} model on {dataset_type} data; its metrics are {', '.join(ours)}"
             yield ("evaluate", "gates", metric), what
@@ -132,6 +155,10 @@ def _strange_metrics(
     if isinstance(compared, str) and compared in BETTER and compared not in ours:
         known = ", ".join(name for name in BETTER if name in ours)
         yield ("register", "compare_by"), f"{compared} is no metric of a {task} model; choose from {known}"
+
+
+def _objective(raw: Mapping[str, Any]) -> dict[str, Any]:
+    return _section(_section(raw, "train"), "objective")
 
 
 def fill_in(raw: dict[str, Any]) -> None:

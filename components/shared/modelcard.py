@@ -82,6 +82,7 @@ class ModelCard(BaseModel):
         base_model: what it was tuned from.
         first: see DomainPhase; None where the task is all it learnt.
         reward_model: what judged its answers in training; None for none.
+        teacher: what it was distilled from; None for nothing.
         quantised: what the base's layers were held in while the adapter was trained; None for no less than
             they are stored in.
         labels: class names (of a token-classification model its tags) in logit order; empty where there are
@@ -104,6 +105,7 @@ class ModelCard(BaseModel):
     base_model: BaseModelRef
     first: DomainPhase | None = None
     reward_model: BaseModelRef | None = None
+    teacher: BaseModelRef | None = None
     quantised: Literal["nf4"] | None = None
     labels: list[str] = []
     scale: Scale | None = None

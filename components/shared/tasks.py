@@ -35,7 +35,13 @@ ObjectiveKind = Literal[
     "dpo",
     "reward",
     "ppo",
+    "grpo",
+    "rloo",
+    "distillation",
+    "classification-distillation",
 ]
+# Their model answers prompts while it learns.
+ANSWERING = ("ppo", "grpo", "rloo")
 # What compress can make smaller, and what the model server answers with.
 COMPRESSED: tuple[Task, ...] = ("causal-lm", "classification")
 SERVED: tuple[Task, ...] = ("causal-lm", "classification")
@@ -85,6 +91,16 @@ OBJECTIVES: dict[str, Trait] = {
     "dpo": Trait("causal-lm", ("preference",), adapter="lora", group_by="prompt"),
     "reward": Trait("reward", ("preference",), adapter="lora", group_by="prompt", after=_OF_CAUSAL),
     "ppo": Trait("causal-lm", ("prompt-only",), adapter="lora", smooths=False),
+    # The data's own answers are what rules compare with.
+    "grpo": Trait("causal-lm", ("prompt-only", "prompt-completion"), adapter="lora", smooths=False),
+    "rloo": Trait("causal-lm", ("prompt-only", "prompt-completion"), adapter="lora", smooths=False),
+    # The teacher's probabilities are what smooths their labels.
+    "distillation": Trait(
+        "causal-lm", ("prompt-completion", "conversational"), adapter="lora", smooths=False
+    ),
+    "classification-distillation": Trait(
+        "classification", ("labelled-text",), stratify_by="label", smooths=False
+    ),
 }
 
 

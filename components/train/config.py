@@ -191,6 +191,11 @@ class TrainConfig(Settings):
 
     @model_validator(mode="after")
     def _rate_known(self) -> TrainConfig:
+        if self.learning_rate == "auto" and self.objective.kind in tasks.ANSWERING:
+            raise ValueError(
+                f"learning_rate: auto cannot go with {self.objective.kind}, whose loss is of answers "
+                "that are yet to be drawn: set a number"
+            )
         if self.learning_rate == "auto" and self.objective.kind == "multi-task":
             raise ValueError(
                 "learning_rate: auto cannot go with multi-task, whose weights of tasks have a rate of their "
@@ -209,8 +214,15 @@ class TrainConfig(Settings):
             if isinstance(found.get(axis), str):
                 found[axis] = {"kind": found[axis]}
         usual = tasks.trait(found.get("objective"))
+        cut_out = isinstance(found.get("objective"), dict) and found["objective"].get("student")
+        if cut_out and found.get("base_model") is None:
+            found["base_model"] = found["objective"].get("teacher")
         if found.get("adapter") is None:
-            found["adapter"] = {"kind": usual.adapter if usual else "full"}
+            found["adapter"] = {"kind": usual.adapter if usual and not cut_out else "full"}
+        named = found["objective"].get("kind") if isinstance(found.get("objective"), dict) else None
+        wrapped = found["adapter"] if isinstance(found["adapter"], dict) else {}
+        if named in tasks.ANSWERING and wrapped.get("kind") in ("lora", "qlora"):
+            found["adapter"] = {"dropout": 0.0, **wrapped}  # they compute without
         if found.get("learning_rate") is None:
             adapter = found["adapter"]
             kind = adapter.get("kind") if isinstance(adapter, dict) else getattr(adapter, "kind", None)
@@ -239,6 +251,16 @@ class TrainConfig(Settings):
             raise ValueError(
                 f"label_smoothing ({self.label_smoothing:g}) means nothing to {self.objective.kind}, "
                 "which has no labels; drop it"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _whole_student(self) -> TrainConfig:
+        adapter = self.adapter
+        if getattr(self.objective, "student", None) and (adapter.frozen or adapter.beside):
+            raise ValueError(
+                f"a student of some layers has no base that adapter {adapter.kind} could be put on again: "
+                "use full, last_layers or progressive"
             )
         return self
 

@@ -21,7 +21,6 @@ from components.train.config import TrainConfig
 from components.train.data import Ledger, total_steps
 from components.train.fit import fit, judged
 from components.train.objectives.base import Objective
-from components.train.objectives.config import PpoObjective
 from components.train.objectives.opening import computed_in, open_objective
 from components.train.ongoing import Fit
 from components.train.ranks import ALONE, Ranks
@@ -53,9 +52,14 @@ def _seed(seed: int) -> None:
 def _open(config: TrainConfig, train: Sequence[Mapping[str, Any]], context: Context) -> Objective:
     """The base model with its objective."""
     folder = sources.model_folder(config.base_model, context.store, config.revision)
-    judging = config.objective.reward_model if isinstance(config.objective, PpoObjective) else None
-    reward_folder = sources.model_folder(judging, context.store) if judging else None
-    return open_objective(config, train, folder, reward_folder)
+    others = {name: sources.model_folder(uri, context.store) for name, uri in _others(config).items()}
+    return open_objective(config, train, folder, others.get("reward_model"), others.get("teacher"))
+
+
+def _others(config: TrainConfig) -> dict[str, str]:
+    """URIs of the models that the objective learns from, by their field of the card."""
+    named = {name: getattr(config.objective, name, None) for name in ("reward_model", "teacher")}
+    return {name: uri for name, uri in named.items() if uri}
 
 
 def _reference(uri: str, context: Context, revision: str = "main") -> BaseModelRef:
@@ -72,11 +76,10 @@ def _card(
     run_id: str,
     context: Context,
 ) -> ModelCard:
-    """The card of the trained model, with what judged its answers."""
+    """The card of the trained model, with what judged its answers or taught it."""
     card = saving.card(objective, config, base, weights, run_id)
-    if not isinstance(config.objective, PpoObjective):
-        return card
-    return card.model_copy(update={"reward_model": _reference(config.objective.reward_model, context)})
+    others = {name: _reference(uri, context) for name, uri in _others(config).items()}
+    return card.model_copy(update=others)
 
 
 def _adapt(objective: Objective, config: TrainConfig) -> None:
@@ -147,18 +150,23 @@ def train_here(
     ledgers = {**(before.ledgers if before else {}), **made.ledgers}
     card = _card(made.objective, config, base, made.weights, run_id, context)
     kept = retention.figures(result.history, result.best_step, result.base_retention_loss)
-    reference = drift.of_training(made.encoded["train"], rows["train"])
+    reference = drift.of_training(made.encoded["train"], made.learned)
     learnt = phases.described(config, first, ledgers["first_train"], inputs) if first else None
     card = card.model_copy(update={"retention": kept, "reference": reference, "first": learnt})
     saving.save(made.objective, config, card, context.out / "model")
+    made.objective.leave(context.out / "ledger")
     return saving.describe(result, ledgers, card, context, run_id, made.checked)
 
 
 @dataclass(frozen=True)
 class _Ready:
-    """An objective whose adapter is on and which passed the self-check, and the examples it encoded."""
+    """An objective whose adapter is on and which passed the self-check, and the examples it encoded.
+
+    `learned` are those of train as text, as the objective learns them.
+    """
 
     objective: Objective
+    learned: Sequence[Mapping[str, Any]]
     encoded: dict[str, Sequence[Any]]
     ledgers: dict[str, Ledger]
     weights: tuple[int, int]
@@ -172,18 +180,21 @@ def _ready(config: TrainConfig, rows: dict[str, list[dict[str, Any]]], context: 
     objective = _open(config, rows["train"], context)
     watched = sorted(objective.usable(rows["eval"]), key=lambda row: row["id"])
     rows = {**rows, "eval": watched[: config.eval_examples]}
+    learned, unused = objective.rewritten(rows, context.work / "rewritten")
     folder = sources.model_folder(config.base_model, context.store, config.revision)
     cache = context.store.cache if context.store else None
-    encoded, ledgers = tokens.encoded(objective, rows, config, folder, cache)
+    encoded, ledgers = tokens.encoded(objective, learned, config, folder, cache)
+    for side, left_out in unused.items():
+        ledgers[side].leave_out(left_out)
     precision = computed_in(config)
     objective.prepare([*encoded["train"], *encoded["eval"]], partial(autocast, precision))
     _adapt(objective, config)
     weights = weight_counts(objective, config, total_steps(len(encoded["train"]), config))
     objective.start()
-    checked = selfcheck.check(objective, encoded["train"], rows["train"], precision)
+    checked = selfcheck.check(objective, encoded["train"], learned["train"], precision)
     holding.begin(objective, config, context.store, partial(autocast, precision))
     log.info("train: %d examples, %d of %d weights move", len(encoded["train"]), *weights)
-    return _Ready(objective, encoded, ledgers, weights, checked, precision)
+    return _Ready(objective, learned["train"], encoded, ledgers, weights, checked, precision)
 
 
 def _fitted(

@@ -7,7 +7,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from components.evaluate.config import METRICS
+from components.evaluate.config import METRICS, OF_TEACHER
 from components.shared import tasks
 from components.shared.errors import EXIT_USAGE, SpecError, UsageError
 from pipelines.graph import inputs_of
@@ -170,7 +170,8 @@ def test_a_gate_is_on_what_the_pipeline_can_measure(tmp_path_factory, task, data
     path = tmp_path_factory.mktemp("gates") / "gates.yaml"
     path.write_text("\n".join(lines + ["compress:"] * compress))
     without = set() if compress else set(OF_COMPRESSION)
-    good = set(METRICS[task]) - without - {"retention_loss_increase"}  # which needs train.retain
+    # The first needs train.retain, the others a teacher.
+    good = set(METRICS[task]) - without - {"retention_loss_increase", *OF_TEACHER}
     expected = [f"line {lines.index(f'    {m}: {{max: 1}}') + 1}: evaluate.gates.{m}: " for m in gates]
     expected = [start for start, metric in zip(expected, gates, strict=True) if metric not in good]
     try:
@@ -270,6 +271,82 @@ def test_what_preferences_cannot_do_is_said_before_anything_runs(tmp_path, objec
     assert expected in str(caught.value)
 
 
+ANSWER = "rewards: [{kind: answer}]"
+FORMAT = "rewards: [{kind: format, pattern: a}]"
+
+
+@pytest.mark.parametrize(
+    ("said", "data", "more", "expected"),
+    [
+        ("kind: grpo", PAIRS, "", "train.objective: nothing judges the answers"),
+        (f"kind: rloo, {ANSWER}", PAIRS, "", "rewards: a reward of kind answer compares with the data's own"),
+        (f"kind: grpo, {FORMAT}", PAIRS, "", "rewards: evaluate judges answers by a reward_model or by"),
+        ("kind: rloo, reward_model: ./judge", PAIRS, "  dropout: 0.1\n", "rloo computes without dropout"),
+        (
+            "kind: grpo, reward_model: ./judge",
+            PAIRS,
+            "hardware: {nodes: 2, gpus_per_node: 1}\n",
+            "grpo trains in one process yet",
+        ),
+        ("kind: grpo, rewards: [{kind: answr}]", PAIRS, "", "there is no 'answr'"),
+        (f"kind: grpo, {ANSWER}", GOOD.replace("{source", "{format: prompt-completion, source"), "", ""),
+        (f"kind: rloo, {FORMAT}, reward_model: ./judge", PAIRS, "", ""),
+    ],
+)
+def test_what_judges_drawn_answers_is_settled_before_anything_runs(tmp_path, said, data, more, expected):
+    path = write(tmp_path, data.replace("objective: sft", f"objective: {{{said}}}") + more)
+    if not expected:
+        spec = load(path)
+        assert load(write(tmp_path, yaml.safe_dump(spec.resolved()))) == spec
+        return
+    with pytest.raises(SpecError) as caught:
+        load(path)
+    assert expected in str(caught.value)
+
+
+DISTILLED = GOOD.replace("objective: sft", "objective: {kind: distillation, teacher: ./large}")
+
+
+@pytest.mark.parametrize(
+    ("objective", "more", "expected"),
+    [
+        ("distillation", "", "train.objective.teacher: Field required"),
+        (
+            "{kind: distillation, teacher: t, level: sequence}",
+            "hardware: {nodes: 2, gpus_per_node: 1}\n",
+            "hardware: distillation trains in one process yet",
+        ),
+        ("sft", "evaluate: {gates: {teacher_speed_ratio: {min: 2}}}\n", "needs an objective with a teacher"),
+        (
+            "{kind: distillation, teacher: t, temprature: 3}",
+            "",
+            "train.objective.temprature: no such setting; did you mean temperature?",
+        ),
+    ],
+)
+def test_what_a_distillation_cannot_do_is_said_before_anything_runs(tmp_path, objective, more, expected):
+    with pytest.raises(SpecError) as caught:
+        load(write(tmp_path, GOOD.replace("objective: sft", f"objective: {objective}") + more))
+    assert expected in str(caught.value)
+
+
+def test_a_file_may_name_a_teacher_alone_and_bound_what_its_student_keeps(tmp_path):
+    text = """name: small
+ingest: {source: ./corpus.jsonl}
+train:
+  objective: {kind: classification-distillation, teacher: ./large, student: {layers: [0, 2, 4]}}
+evaluate:
+  gates: {teacher_quality_kept: {min: 0.97}, teacher_speed_ratio: {min: 1.8}}
+compress:
+deploy: false
+"""
+    spec = load(write(tmp_path, text))
+    assert (spec.train.base_model, spec.train.adapter.kind) == ("./large", "full")
+    assert spec.ingest.format == "labelled-text" and spec.split.stratify_by == "label"
+    assert load(write(tmp_path, yaml.safe_dump(spec.resolved()))) == spec
+    assert load(write(tmp_path, DISTILLED + "hardware: {nodes: 2, gpus_per_node: 1}\n"))
+
+
 def test_pairs_with_one_prompt_stay_on_one_side_unless_the_file_says_otherwise(tmp_path):
     def grouped(text):
         return load(write(tmp_path, text)).split.group_by
@@ -354,7 +431,11 @@ def test_test_reaches_evaluate_alone():
     assert readers == ["evaluate"]
 
 
-@pytest.mark.parametrize("kind", sorted(set(tasks.OBJECTIVES) - {"ppo"}))  # which needs a reward model
+# These need a reward model or a teacher.
+WITH_OTHERS = {"ppo", "grpo", "rloo", "distillation", "classification-distillation"}
+
+
+@pytest.mark.parametrize("kind", sorted(set(tasks.OBJECTIVES) - WITH_OTHERS))
 def test_a_file_needs_only_the_name_of_its_objective(tmp_path, kind):
     """Dataset type, adapter and stratification come from the one table of objectives."""
     text = CLASSES[: CLASSES.index("evaluate")].replace("classification", kind)

@@ -129,6 +129,20 @@ class Objective(ABC):
         """
         return {}
 
+    def rewritten(
+        self, rows: Mapping[str, list[dict[str, Any]]], folder: Path
+    ) -> tuple[Mapping[str, list[dict[str, Any]]], Mapping[str, list[dict[str, Any]]]]:
+        """Side -> its examples as they are learned, and rows of the ledger for those that are not used.
+
+        Args:
+            rows: side -> examples as the data has them.
+            folder: outlives a killed attempt.
+        """
+        return rows, {}
+
+    def leave(self, folder: Path) -> None:
+        """Put into the ledger's folder what else must be kept of the training."""
+
     def tokens(self, encoded: Any) -> int:
         """How many tokens the model reads for an example."""
         return len(encoded)

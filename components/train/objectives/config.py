@@ -7,6 +7,11 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from components.shared.settings import Settings
+from components.train.objectives.distillation_config import (
+    ClassificationDistillationObjective,
+    DistillationObjective,
+)
+from components.train.objectives.group_config import GrpoObjective, RlooObjective
 
 
 class SftObjective(Settings):
@@ -240,6 +245,10 @@ ObjectiveConfig = Annotated[
     | MultiTaskObjective
     | DpoObjective
     | RewardObjective
-    | PpoObjective,
+    | PpoObjective
+    | GrpoObjective
+    | RlooObjective
+    | DistillationObjective
+    | ClassificationDistillationObjective,
     Field(discriminator="kind"),
 ]
