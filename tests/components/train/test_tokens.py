@@ -104,9 +104,14 @@ CHANGES = {
     "the template": lambda s: _edit(s["folder"], "chat_template.jinja", lambda t: t + " "),
     "the vocabulary": lambda s: _edit(s["folder"], "tokenizer.json", lambda t: t.replace("\n", "\n ", 1)),
     "the code": lambda s: s["patch"].setattr(tokens.digest, "of_code", lambda stage: "other"),
-    "the tokenizers library": lambda s: s["patch"].setattr("tokenizers.__version__", "0"),
-    "the transformers library": lambda s: s["patch"].setattr("transformers.__version__", "0"),
+    "the tokenizers library": lambda s: _another(s["patch"], "tokenizers"),
+    "the transformers library": lambda s: _another(s["patch"], "transformers"),
 }
+
+
+def _another(patch, library):
+    installed = tokens.version
+    patch.setattr(tokens, "version", lambda name: "0" if name == library else installed(name))
 
 
 def _edit(folder, name, change):
