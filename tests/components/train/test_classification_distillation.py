@@ -115,7 +115,7 @@ def test_the_loss_is_the_formula_and_labels_are_matched_by_name(tiny_encoder, cl
 
 def test_a_text_of_what_must_be_retained_has_its_label_alone(tiny_encoder, classifier):
     config = settings_for(classifier, {"hard_weight": 0.3}, base_model=str(tiny_encoder))
-    objective, _ = opened(tiny_encoder, classifier, config, rows(6))
+    objective, taught = opened(tiny_encoder, classifier, config, rows(6))
     alone = [objective.encode(row) for row in rows(3)]
     objective.model.eval()
     logits = torch.cat([objective.model(input_ids=torch.tensor([e.ids])).logits for e in alone])
@@ -123,6 +123,9 @@ def test_a_text_of_what_must_be_retained_has_its_label_alone(tiny_encoder, class
     assert float(objective.summed_loss(alone, 0.0).detach()) == pytest.approx(
         float(expected.detach()), rel=1e-4
     )
+    apart = sum(float(objective.summed_loss(part, 0.0).detach()) for part in (taught, alone))
+    mixed = float(objective.summed_loss([alone[0], *taught, *alone[1:]], 0.0).detach())
+    assert mixed == pytest.approx(apart, rel=1e-4)
 
 
 def test_a_long_text_is_cut_for_each_reader_at_its_own_limit(tiny_encoder, classifier):
