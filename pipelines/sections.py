@@ -9,6 +9,7 @@ from components.evaluate.config import METRICS, metrics_of
 from components.register.config import BETTER
 from components.shared import examples, tasks
 from components.train.adapters.config import KINDS as ADAPTERS
+from components.train.search import space
 
 # Tasks whose models evaluate opens with an adapter beside their base.
 _BESIDE = ("causal-lm", "classification", "regression", "token-classification", "multi-task")
@@ -32,6 +33,7 @@ def misfits(raw: Mapping[str, Any]) -> Iterator[tuple[tuple[str, ...], str]]:
     adapter = train.get("adapter") or usual
     kind = adapter.get("kind", usual) if isinstance(adapter, dict) else adapter
     yield from _beside_its_base(raw, kind if isinstance(kind, str) else "", trait)
+    yield from _search(train, _section(raw, "hardware"))
     if trait is None:
         return
     yield from _not_yet(raw, trait.task)
@@ -50,6 +52,21 @@ def misfits(raw: Mapping[str, Any]) -> Iterator[tuple[tuple[str, ...], str]]:
         hardware.get("nodes", 1) != 1 or hardware.get("gpus_per_node", 0) not in (0, 1)
     ):
         yield ("hardware",), "ppo trains in one process yet: nodes: 1, and gpus_per_node 0 or 1"
+
+
+def _search(train: Mapping[str, Any], hardware: Mapping[str, Any]) -> Iterator[tuple[tuple[str, ...], str]]:
+    """What a search would try and could not, or that would change nothing."""
+    if not train.get("search"):
+        return
+    yield from ((("train", *at), what) for at, what in space.misfits(train))
+    dead = set(_dead_settings(train))
+    for name, section in space.tried(train):
+        for fault in (found for found in _dead_settings(section) if found not in dead):
+            dead.add(fault)
+            yield ("train", "search", "space", name), fault[1]
+    if hardware.get("nodes", 1) != 1 or hardware.get("gpus_per_node", 0) not in (0, 1):
+        what = "trials share one pod, which has one GPU at most: nodes: 1, and gpus_per_node 0 or 1"
+        yield ("hardware",), f"{what}; or drop train.search"
 
 
 def _beside_its_base(

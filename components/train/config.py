@@ -10,6 +10,7 @@ from components.shared import tasks
 from components.shared.settings import Settings
 from components.train.adapters.config import KINDS, AdapterConfig
 from components.train.objectives.config import ObjectiveConfig
+from components.train.search.config import SearchConfig
 
 
 class EarlyStopping(Settings):
@@ -87,6 +88,7 @@ class TrainConfig(Settings):
         keep_checkpoints: how many are kept.
         eval_examples: how many examples of eval are judged each time, the first by id.
         seed: of data order, initialisation and dropout.
+        search: trainings with other settings, of which the best goes on, see search/config.py; null for one.
     """
 
     objective: ObjectiveConfig
@@ -116,6 +118,7 @@ class TrainConfig(Settings):
     checkpoint_steps: int = Field(50, ge=1)
     keep_checkpoints: int = Field(3, ge=1)
     seed: int = 42
+    search: SearchConfig | None = None
 
     def external_uris(self) -> list[str]:
         """The base model, and whatever else the objective reads."""

@@ -24,6 +24,8 @@ from components.train.objectives.base import Objective
 from components.train.objectives.config import PpoObjective
 from components.train.objectives.opening import computed_in, open_objective
 from components.train.ranks import ALONE, Ranks
+from components.train.search.guide import ALONE_STANDING, Guide, Pruned
+from components.train.search.search import search
 from components.train.trainjob import ASKED, Nodes
 from components.train.update import autocast
 
@@ -90,14 +92,19 @@ def _adapt(objective: Objective, config: TrainConfig) -> None:
 
 
 def _track(
-    config: TrainConfig, context: Context, inputs: Mapping[str, Artifact], facts: dict[str, Any]
+    config: TrainConfig,
+    context: Context,
+    inputs: Mapping[str, Artifact],
+    facts: dict[str, Any],
+    guide: Guide = ALONE_STANDING,
 ) -> str:
+    """Start the MLflow run. Returns its id."""
     settings = {k: v for k, v in config.model_dump(mode="json").items() if not isinstance(v, dict)}
     for axis in ("objective", "adapter"):
         settings |= {f"{axis}.{k}": v for k, v in getattr(config, axis).model_dump(mode="json").items()}
     digests = {f"digest.{name}": artifact.manifest.digest for name, artifact in inputs.items()}
-    tags = {"tuneyard.run": context.run, "tuneyard.key": context.key} | digests
-    return tracking.start_run(context.pipeline, context.run, settings | facts, tags)
+    tags = {"tuneyard.run": context.run, "tuneyard.key": context.key} | digests | dict(guide.tags)
+    return tracking.start_run(context.pipeline, context.run + guide.suffix, settings | facts, tags)
 
 
 def _fit_tracked(
@@ -106,6 +113,7 @@ def _fit_tracked(
     config: TrainConfig,
     context: Context,
     run_id: str,
+    guide: Guide,
 ) -> Fit:
     """Fit with curves and system metrics in MLflow; the MLflow run says how it ended."""
     logged, sent = 0, time.monotonic()
@@ -116,6 +124,7 @@ def _fit_tracked(
         if ended or time.monotonic() - sent > _REPORT_SECONDS:
             tracking.log_history(run_id, history[logged:])
             logged, sent = len(history), time.monotonic()
+        guide.seen(history)
 
     ended: Literal["FINISHED", "FAILED", "KILLED"] = "FAILED"
     try:
@@ -124,7 +133,7 @@ def _fit_tracked(
             result = fitting(sides["train"], sides["eval"], config, folder=folder, report=report)
         tracking.log_metrics(run_id, {"eval_loss": result.base_loss})  # as step 0 of the curve
         ended = "FINISHED"
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, Pruned):
         ended = "KILLED"
         raise
     finally:
@@ -150,6 +159,8 @@ def train(config: TrainConfig, inputs: Mapping[str, Artifact], context: Context)
     asked = os.environ.get(ASKED)
     if asked:
         return job.train_as_job(Nodes.model_validate_json(asked), config, inputs, context)
+    if config.search:
+        return search(config, config.search, inputs, context, partial(_track, config, context, inputs))
     if not os.environ.get(_POD):
         return train_here(config, inputs, context)
     keeping.resume(context, ALONE)
@@ -163,6 +174,7 @@ def train_here(
     context: Context,
     ranks: Ranks = ALONE,
     saved: Callable[[Path], None] = lambda _: None,
+    guide: Guide = ALONE_STANDING,
 ) -> Result:
     """Write `model` (an adapter or whole weights, with its card) and `ledger` (rows cut or dropped, history).
 
@@ -172,17 +184,15 @@ def train_here(
         context: where; of a process that writes nothing, `out` stays empty and the result says nothing.
         ranks: the processes that train together.
         saved: receives the folder of each checkpoint.
+        guide: of a trial of a search.
 
     Raises:
+        Pruned: the search ended this trial.
         StageStopped: too many examples are over-long, or there are too few labels.
         TuneyardError: the loss is not finite, or other weights move than the adapter promises.
     """
-    _seed(config.seed)
-    rows = {side: _rows(inputs[side]) for side in ("train", "eval")}
-    objective = _open(config, rows["train"], context)
-    judged = sorted(objective.usable(rows["eval"]), key=lambda row: row["id"])
-    rows["eval"] = judged[: config.eval_examples]
-    encoded, ledgers = _encode(objective, rows, config)
+    objective, rows = opened(config, inputs, context)
+    encoded, ledgers = _encode(objective, rows, config, guide)
     precision = computed_in(config)
     objective.prepare([*encoded["train"], *encoded["eval"]], partial(autocast, precision))
     _adapt(objective, config)
@@ -192,30 +202,47 @@ def train_here(
     checked = selfcheck.check(objective, encoded["train"], rows["train"], precision)
     holding.begin(objective, config, context.store, partial(autocast, precision))
     facts = {"trainable_weights": moving, "total_weights": total, "base_fingerprint": base.fingerprint}
-    run_id = (_resumed_run(context) or _track(config, context, inputs, facts)) if ranks.writes else ""
+    resumed = _resumed_run(context) if ranks.writes else ""
+    run_id = resumed or (_track(config, context, inputs, facts, guide) if ranks.writes else "")
     context.work.mkdir(parents=True, exist_ok=True)
     (context.work / "mlflow_run").write_text(run_id)
     log.info("train: %d examples, %d of %d weights move", len(encoded["train"]), moving, total)
     fitting = partial(fit, objective, precision=precision, ranks=ranks, saved=saved)
-    result = _fit_tracked(fitting, encoded, config, context, run_id)
+    result = _fit_tracked(fitting, encoded, config, context, run_id, guide)
     if not ranks.writes:
         return Result(kinds={})
     card = _card(objective, config, base, (moving, total), run_id, context)
     kept = retention.figures(result.history, result.best_step, result.base_retention_loss)
     reference = drift.of_training(encoded["train"], rows["train"])
-    card = card.model_copy(update={"retention": kept, "reference": reference})
+    card = card.model_copy(update={"retention": kept, "reference": reference, "chosen": dict(guide.chosen)})
     saving.save(objective, config, card, context.out / "model")
     return saving.describe(result, ledgers, card, context, run_id, checked)
 
 
+def opened(
+    config: TrainConfig, inputs: Mapping[str, Artifact], context: Context
+) -> tuple[Objective, dict[str, list[dict[str, Any]]]]:
+    """The objective over its base with everything seeded, and the examples of each side that are used."""
+    _seed(config.seed)
+    rows = {side: _rows(inputs[side]) for side in ("train", "eval")}
+    objective = _open(config, rows["train"], context)
+    judged = sorted(objective.usable(rows["eval"]), key=lambda row: row["id"])
+    rows["eval"] = judged[: config.eval_examples]
+    return objective, rows
+
+
 def _encode(
-    objective: Objective, rows: Mapping[str, list[dict[str, Any]]], config: TrainConfig
+    objective: Objective, rows: Mapping[str, list[dict[str, Any]]], config: TrainConfig, guide: Guide
 ) -> tuple[dict[str, list[Any]], dict[str, Ledger]]:
     """Each side as token ids under the over-length policy, and its ledger."""
     encoded, ledgers = {}, {}
     for side, examples in rows.items():
         encoded[side], ledgers[side] = fit_lengths(
-            examples, objective.encode, objective.shorten, config, objective.pieces
+            examples,
+            guide.encoder(objective, side),
+            objective.shorten,
+            guide.lengths(config, side),
+            objective.pieces,
         )
         ledgers[side].parts = objective.account(examples, encoded[side])
         if not encoded[side]:
