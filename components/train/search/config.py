@@ -7,7 +7,14 @@ import re
 from collections.abc import Collection, Mapping
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, Field, ValidationError, field_serializer, model_validator
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    Field,
+    ValidationError,
+    field_serializer,
+    model_validator,
+)
 
 from components.shared.settings import Settings
 
@@ -58,6 +65,24 @@ def read_values(given: Any) -> Values | str:
         return "; ".join(_told(fault) for fault in error.errors())
 
 
+def flat(space: Mapping[str, Any]) -> dict[str, Any]:
+    """A space with the settings of a section under its name: `adapter: {rank: [8, 16]}` is `adapter.rank`."""
+    found: dict[str, Any] = {}
+    for name, given in space.items():
+        inside = isinstance(given, Mapping) and all(
+            isinstance(v, Mapping | list | tuple) for v in given.values()
+        )
+        if inside and given:
+            found |= {f"{name}.{inner}": value for inner, value in flat(given).items()}
+        else:
+            found[str(name)] = given
+    return found
+
+
+def _flat(given: Any) -> Any:
+    return flat(given) if isinstance(given, Mapping) else given
+
+
 def _told(fault: Any) -> str:
     where = ".".join(map(str, fault["loc"][:1]))
     if fault["type"] == "extra_forbidden":
@@ -104,7 +129,9 @@ class SearchConfig(Settings):
         seed: of the proposals; all trials have train.seed.
     """
 
-    space: dict[str, Annotated[Any, AfterValidator(_values)]] = Field(min_length=1)
+    space: Annotated[
+        dict[str, Annotated[Any, AfterValidator(_values)]], BeforeValidator(_flat), Field(min_length=1)
+    ]
     trials: int = Field(20, ge=2)
     parallel: int = Field(1, ge=1)
     pruner: Pruner | None = Pruner()

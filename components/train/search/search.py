@@ -23,6 +23,7 @@ from components.train.config import TrainConfig
 from components.train.search import report
 from components.train.search.config import Range, SearchConfig
 from components.train.search.crew import Crew
+from components.train.search.lasting import Lasting
 from components.train.search.space import whole, with_settings
 from components.train.search.study import Study, Trial, best, identity_of
 from components.train.search.worker import folder_of
@@ -58,13 +59,15 @@ def search(
     whole_ones = {
         name for name, values in asked.space.items() if isinstance(values, Range) and whole(config, name)
     }
+    lasting = Lasting(context, home)
+    lasting.resume()
     study = Study(home, asked, whole_ones, identity_of(config.model_dump(mode="json"), digests))
     crew, ended, run_id = Crew(home, asked.parallel), "FAILED", ""
     try:
         run_id = _run_of(home, start_run, asked)
         _write_job(home, config, asked, inputs, context, run_id)
         _tokens(crew)
-        state = _Ongoing(config, study, crew, home, Progress("search", asked.trials, "trials"))
+        state = _Ongoing(config, study, crew, home, lasting, Progress("search", asked.trials, "trials"))
         state.make_all()
         found = state.take_best(context.out)
         result = report.add(found, study.trials(), state.chosen, config, context, run_id)
@@ -142,6 +145,7 @@ class _Ongoing:
         study: what is known of the trials.
         crew: makes them.
         home: folder of the search.
+        lasting: keeps it for another pod.
         progress: shows how it goes.
         busy: slot -> the trial that is made there.
         at: number of a trial -> its optimizer updates so far.
@@ -153,6 +157,7 @@ class _Ongoing:
     study: Study
     crew: Crew
     home: Path
+    lasting: Lasting
     progress: Progress
     busy: dict[int, Trial] = field(default_factory=dict)
     at: dict[int, int] = field(default_factory=dict)
@@ -215,6 +220,11 @@ class _Ongoing:
         for each in (trial, before):
             if each is not None and (leading is None or each.number != leading.number):
                 shutil.rmtree(self._folder(each), ignore_errors=True)
+        complete = leading if leading and leading.state == "complete" else None
+        kept = self._folder(complete) if complete else None
+        if kept is not None:
+            shutil.rmtree(kept / "checkpoints", ignore_errors=True)
+        self.lasting.keep(kept)
 
     def _folder(self, trial: Trial) -> Path:
         return folder_of(self.home, with_settings(self.config, trial.chosen))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import itertools
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -11,7 +10,7 @@ from pydantic import ValidationError
 
 from components.shared import tasks
 from components.train.config import TrainConfig
-from components.train.search.config import Pruner, Range, SearchConfig, combinations, read_values
+from components.train.search.config import Pruner, Range, SearchConfig, combinations, flat, read_values
 
 Fault = tuple[tuple[str, ...], str]
 
@@ -75,9 +74,11 @@ def misfits(train: Mapping[str, Any]) -> Iterator[Fault]:
     space = search.get("space") if isinstance(search, dict) else None
     if not isinstance(search, dict) or not isinstance(space, dict):
         return
+    space = flat(space)
     base = {name: value for name, value in train.items() if name != "search"}
     before = _faults(base)
-    sound: dict[str, tuple[Any, ...]] = {}
+    if not before:
+        base = TrainConfig.model_validate(base).model_dump(mode="json")  # as the trials begin with
     for name, given in space.items():
         values = read_values(given)
         at = ("search", "space", name)
@@ -94,9 +95,6 @@ def misfits(train: Mapping[str, Any]) -> Iterator[Fault]:
             for unknown, what in _new(before, _put(base, name, value), name)
         )
         yield from ((at, what) for what in told)
-        if not told:
-            sound[name] = tried
-    yield from _together(base, sound, before)
     yield from _length(search, space, train)
 
 
@@ -104,7 +102,7 @@ def tried(train: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
     """(setting, the section with it at a value) for both ends of ranges and all of lists, one at a time."""
     search = train.get("search")
     space = search.get("space") if isinstance(search, dict) else None
-    for name, given in (space if isinstance(space, dict) else {}).items():
+    for name, given in flat(space if isinstance(space, dict) else {}).items():
         values = read_values(given)
         if not isinstance(values, str):
             ends = (values.low, values.high) if isinstance(values, Range) else values
@@ -162,7 +160,13 @@ def _sentence(fault: Any, raw: Mapping[str, Any], name: str) -> str:
         return "no such setting of train" + (f"; did you mean {near[0]}?" if near else "")
     message: str = fault["msg"].removeprefix("Value error, ")
     where = [str(part) for part in fault["loc"]]
-    own = not where or where[0] == name or where[-1] == name.rpartition(".")[2]
+    # A fault of several settings names them itself.
+    own = (
+        fault["type"] == "value_error"
+        or not where
+        or where[-1] == name.rpartition(".")[2]
+        or where[0] == name
+    )
     return message if own else f"{'.'.join(where)}: {message}"
 
 
@@ -187,19 +191,6 @@ def _shown(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def _together(
-    base: Mapping[str, Any], sound: Mapping[str, tuple[Any, ...]], before: Mapping[Any, Any]
-) -> Iterator[Fault]:
-    """Pairs of values that are refused together, though neither is alone."""
-    for one, other in itertools.combinations(sound, 2):
-        for a, b in itertools.product(sound[one], sound[other]):
-            wrong = _new(before, _put(_put(base, one, a), other, b), other)
-            if wrong:
-                why = "; ".join(what for _, what in wrong)
-                yield ("search", "space", other), f"{_shown(b)} with {one} at {_shown(a)}: {why}"
-                break
-
-
 def _length(search: Mapping[str, Any], space: Mapping[str, Any], train: Mapping[str, Any]) -> Iterator[Fault]:
     """More trials than there are combinations, and trials too short to be compared."""
     read = {name: read_values(given) for name, given in space.items()}
@@ -220,3 +211,20 @@ def _length(search: Mapping[str, Any], space: Mapping[str, Any], train: Mapping[
             f"min_steps ({first}) is not below train.max_steps ({steps}), so no trial would be ended early: "
             "lower it, or set pruner: null",
         )
+
+
+def extreme(config: TrainConfig, largest: bool) -> TrainConfig:
+    """The settings of a trial that needs the most of all, or makes the most updates of all.
+
+    Args:
+        config: with a search.
+        largest: every number of the space at its highest; else at its lowest.
+    """
+    assert config.search
+    end = max if largest else min
+    chosen: dict[str, Any] = {}
+    for name, values in config.search.space.items():
+        tried = (values.low, values.high) if isinstance(values, Range) else values
+        if all(isinstance(value, int | float) and not isinstance(value, bool) for value in tried):
+            chosen[name] = end(tried)
+    return with_settings(config, chosen)
