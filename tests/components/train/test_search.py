@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import queue
+import shutil
 import signal
 import subprocess
 import sys
@@ -312,6 +313,21 @@ def test_runs_of_trials_are_nested_in_that_of_the_search_with_their_curves(tiny_
     assert {n: children[f"run-trial-{n}"].info.status for n in ended} == {
         n: status[state] for n, state in ended.items()
     }
+
+
+def test_in_a_pod_a_search_goes_on_although_its_disk_is_gone(tiny_causal, run, store, tmp_path, monkeypatch):
+    monkeypatch.setenv("KFP_POD_NAME", "a-pod")
+    asked = {"space": RATES | {"label_smoothing": {"low": 0, "high": 0.2}}, "trials": 4, "pruner": None}
+    config = config_for(tiny_causal, asked)
+    with pytest.raises(MemoryError):
+        run(config, "lost", Cut, store)
+    shutil.rmtree(tmp_path / "lost")
+    result, out = run(config, "again", store=store)
+    # Two were complete and in the store; the one that was cut off begins anew.
+    assert run.crews[-1].made == [2, 3] and [t["state"] for t in tried(out)] == ["complete"] * 4
+    lowest = min(tried(out), key=lambda t: t["eval_loss"])
+    assert result.metrics["eval_loss"] == lowest["eval_loss"] and weights(out)
+    assert store.names("work/train/") == [f"work/train/{'k' * 64}/trial-search.json"]
 
 
 @pytest.mark.slow  # starts four processes, each of which imports PyTorch
