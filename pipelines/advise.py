@@ -214,16 +214,15 @@ def advise(
     with tempfile.TemporaryDirectory(prefix="tuneyard-advise-") as scratch:
         base = base_of(spec.train, store, Path(scratch))
         rows, counted = examples_to_size(spec, store)
-        heaviest, at_once = sizing.heaviest(spec.train), sizing.at_once(spec.train)
-        needs = footprint.predict(heaviest, base.folder, rows, base.file_bytes)
+        at_once = sizing.at_once(spec.train)
+        needs = footprint.predict(sizing.heaviest(spec.train), base.folder, rows, base.file_bytes)
         one = needs.peak_bytes if gpu else needs.process_bytes
-        peak = one * at_once
-        fits = peak <= limit * 2**30
+        fits = one * at_once <= limit * 2**30
         smaller = [] if fits else [*_fewer(one, at_once, limit), *_in_turn(spec.train, rows, base, limit)]
     count = counted if examples is None else examples
     return {
         "pipeline": spec.name,
-        "memory": _memory(spec, needs, peak, base)
+        "memory": _memory(spec, needs, one * at_once, base)
         | {"limit_gib": round(limit, 2), "limit_is": of, "fits": fits},
         "settings_that_fit": smaller,
         "run": _run(spec.train, needs, count, gpu, dollars_per_hour),
