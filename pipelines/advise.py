@@ -229,7 +229,7 @@ def advise(
         "storage_gib": _storage(spec, needs, base, count),
         "weights": {"total": needs.total_weights, "moving": needs.moving_weights},
         "remarks": sizing.remarks(spec.train, count, needs.total_weights),
-        "gpus_that_fit": list(sizing.fitting_gpus(needs.peak_bytes)),
+        "gpus_that_fit": list(sizing.fitting_gpus(needs.peak_bytes * at_once)),
         "estimates": _ESTIMATES,
     }
 
