@@ -10,6 +10,7 @@ from components.register.config import BETTER
 from components.shared import examples, tasks
 from components.split.config import SplitConfig
 from components.train.adapters.config import KINDS as ADAPTERS
+from components.train.search import space
 
 # Tasks whose models evaluate opens with an adapter beside their base.
 _BESIDE = ("causal-lm", "classification", "regression", "token-classification", "multi-task")
@@ -38,6 +39,7 @@ def misfits(raw: Mapping[str, Any]) -> Iterator[tuple[tuple[str, ...], str]]:
     adapter = train.get("adapter") or usual
     kind = adapter.get("kind", usual) if isinstance(adapter, dict) else adapter
     yield from _beside_its_base(raw, kind if isinstance(kind, str) else "", trait)
+    yield from _search(train, _section(raw, "hardware"))
     if trait is None:
         return
     yield from _not_yet(raw, trait.task)
@@ -77,6 +79,21 @@ def _unjudged(objective: Mapping[str, Any], dataset_type: str) -> Iterator[tuple
     elif rules and not objective.get("reward_model"):
         what = "evaluate judges answers by a reward_model or by the data's own"
         yield ("train", "objective", "rewards"), f"{what}; name one, or set ingest.format: prompt-completion"
+
+
+def _search(train: Mapping[str, Any], hardware: Mapping[str, Any]) -> Iterator[tuple[tuple[str, ...], str]]:
+    """What a search would try and could not, or that would change nothing."""
+    if not train.get("search"):
+        return
+    yield from ((("train", *at), what) for at, what in space.misfits(train))
+    dead = set(_dead_settings(train))
+    for name, section in space.tried(train):
+        for fault in (found for found in _dead_settings(section) if found not in dead):
+            dead.add(fault)
+            yield ("train", "search", "space", name), fault[1]
+    if hardware.get("nodes", 1) != 1 or hardware.get("gpus_per_node", 0) not in (0, 1):
+        what = "trials share one pod, which has one GPU at most: nodes: 1, and gpus_per_node 0 or 1"
+        yield ("hardware",), f"{what}; or drop train.search"
 
 
 def _beside_its_base(

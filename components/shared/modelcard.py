@@ -94,6 +94,7 @@ class ModelCard(BaseModel):
         template_probe: chat.probe of the tokenizer; None for classification.
         trainable_weights: how many weights training moved.
         total_weights: how many there are.
+        chosen: settings of train that a search chose, by name; empty without one.
         retention: in nats, the loss on the retention set, the base's, and the increase; empty without one.
         mlflow_run: id of the MLflow run of the training; empty without tracking.
         reference: what it was trained on, for drift; None for a model of before there was one.
@@ -115,6 +116,7 @@ class ModelCard(BaseModel):
     template_probe: dict[str, Any] | None = None
     trainable_weights: int
     total_weights: int
+    chosen: dict[str, Any] = {}
     retention: dict[str, float] = {}
     mlflow_run: str = ""
     reference: Reference | None = None

@@ -11,6 +11,7 @@ from components.shared.settings import Settings
 from components.train.adapters.config import KINDS, AdapterConfig
 from components.train.first import First, filled, phase
 from components.train.objectives.config import ObjectiveConfig
+from components.train.search.config import SearchConfig
 
 
 class EarlyStopping(Settings):
@@ -100,6 +101,7 @@ class TrainConfig(Settings):
         keep_checkpoints: how many are kept.
         eval_examples: how many examples of eval are judged each time, the first by id.
         seed: of data order, initialisation and dropout.
+        search: trainings with other settings, of which the best goes on, see search/config.py; null for one.
     """
 
     objective: ObjectiveConfig
@@ -130,6 +132,7 @@ class TrainConfig(Settings):
     checkpoint_steps: int = Field(50, ge=1)
     keep_checkpoints: int = Field(3, ge=1)
     seed: int = 42
+    search: SearchConfig | None = None
 
     def external_uris(self) -> list[str]:
         """The base model, and whatever else the objective reads."""
@@ -173,6 +176,11 @@ class TrainConfig(Settings):
             faults.append(
                 f"first.objective {self.first.objective.kind} does not go before {kind}; "
                 f"it may be {' or '.join(after)}"
+            )
+        if self.search:
+            faults.append(
+                "first and search do not go together: search for the settings of the second phase without "
+                "first, and then name them"
             )
         if self.retain and (self.retain.ewc or self.retain.distil_from_base):
             faults.append(

@@ -12,21 +12,27 @@ from components.shared.stage import Artifact, Context
 from components.train import checkpoint
 from components.train.config import TrainConfig
 from components.train.ranks import Ranks
+from components.train.search.guide import ALONE_STANDING, Guide, Pruned
 
 _REPORT_SECONDS = 15.0
 
 
-def _track(
-    config: TrainConfig, context: Context, inputs: Mapping[str, Artifact], facts: dict[str, Any]
+def begin(
+    config: TrainConfig,
+    context: Context,
+    inputs: Mapping[str, Artifact],
+    facts: dict[str, Any],
+    guide: Guide = ALONE_STANDING,
 ) -> str:
+    """Start the MLflow run of a training, a trial or a search. Returns its id."""
     settings = {k: v for k, v in config.model_dump(mode="json").items() if not isinstance(v, dict)}
     for axis in ("objective", "adapter"):
         settings |= {f"{axis}.{k}": v for k, v in getattr(config, axis).model_dump(mode="json").items()}
     if config.first:
         settings["first"] = config.first.model_dump(mode="json")
     digests = {f"digest.{name}": artifact.manifest.digest for name, artifact in inputs.items()}
-    tags = {"tuneyard.run": context.run, "tuneyard.key": context.key} | digests
-    return tracking.start_run(context.pipeline, context.run, settings | facts, tags)
+    tags = {"tuneyard.run": context.run, "tuneyard.key": context.key} | digests | dict(guide.tags)
+    return tracking.start_run(context.pipeline, context.run + guide.suffix, settings | facts, tags)
 
 
 @contextlib.contextmanager
@@ -36,9 +42,10 @@ def tracked(
     inputs: Mapping[str, Artifact],
     facts: dict[str, Any],
     ranks: Ranks,
+    guide: Guide = ALONE_STANDING,
 ) -> Iterator[str]:
     """Around the fits: their MLflow run, with system metrics; it says how they ended."""
-    run_id = (_resumed_run(context) or _track(config, context, inputs, facts)) if ranks.writes else ""
+    run_id = (_resumed_run(context) or begin(config, context, inputs, facts, guide)) if ranks.writes else ""
     context.work.mkdir(parents=True, exist_ok=True)
     (context.work / "mlflow_run").write_text(run_id)
     ended: Literal["FINISHED", "FAILED", "KILLED"] = "FAILED"
@@ -46,15 +53,17 @@ def tracked(
         with tracking.system_metrics(run_id):
             yield run_id
         ended = "FINISHED"
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, Pruned):
         ended = "KILLED"
         raise
     finally:
         tracking.end_run(run_id, ended)
 
 
-def curve(run_id: str, prefix: str) -> Callable[[list[dict[str, float]], bool], None]:
-    """What sends the history of a fit to MLflow as it grows, its columns under a prefix."""
+def curve(
+    run_id: str, prefix: str, guide: Guide = ALONE_STANDING
+) -> Callable[[list[dict[str, float]], bool], None]:
+    """What sends the history of a fit to MLflow as it grows, its columns under a prefix, and to a search."""
     logged, sent = 0, time.monotonic()
 
     def report(history: list[dict[str, float]], ended: bool) -> None:
@@ -67,6 +76,7 @@ def curve(run_id: str, prefix: str) -> Callable[[list[dict[str, float]], bool], 
             ]
             tracking.log_history(run_id, rows)
             logged, sent = len(history), time.monotonic()
+        guide.seen(history)
 
     return report
 

@@ -37,7 +37,12 @@ Rows = Sequence[Mapping[str, Any]]
 
 
 def encoded(
-    objective: Objective, rows: Mapping[str, Rows], config: TrainConfig, folder: Path, kept: Path | None
+    objective: Objective,
+    rows: Mapping[str, Rows],
+    config: TrainConfig,
+    folder: Path,
+    kept: Path | None,
+    longest_judged: int = 0,
 ) -> tuple[dict[str, Sequence[Any]], dict[str, Ledger]]:
     """Each side as token ids under the over-length policy, and its ledger.
 
@@ -47,6 +52,7 @@ def encoded(
         config: settings.
         folder: of the base model, with the tokenizer's files.
         kept: cache of this node; None for none.
+        longest_judged: tokens of an eval example at most; 0 for max_length.
 
     Raises:
         StageStopped: too many examples are over-long, or none of a side is left.
@@ -55,8 +61,11 @@ def encoded(
     sides: dict[str, Sequence[Any]] = {}
     ledgers: dict[str, Ledger] = {}
     for side, examples in rows.items():
-        place = kept / "tokens" / digest.of_value({**common, "rows": _content(examples)}) if kept else None
-        sides[side], ledgers[side] = _side(objective, examples, config, place)
+        held = side == "eval" and longest_judged
+        fitted = config.model_copy(update={"max_length": longest_judged}) if held else config
+        own = {"rows": _content(examples), "max_length": fitted.max_length} if kept else {}
+        place = kept / "tokens" / digest.of_value(common | own) if kept else None
+        sides[side], ledgers[side] = _side(objective, examples, fitted, place)
         if not sides[side]:
             todo = "see train.max_length and train.over_length"
             raise StageStopped(f"no example of {side} is left to use", todo)
@@ -164,5 +173,5 @@ def _depends_on(objective: Objective, train: Rows, config: TrainConfig, folder: 
         "special": {name: str(token) for name, token in tokenizer.special_tokens_map.items()},
         "objective": config.objective.model_dump(mode="json"),
         "train": _content(train),
-        "lengths": [config.max_length, config.over_length, config.max_over_length],
+        "lengths": [config.over_length, config.max_over_length],
     }

@@ -24,6 +24,8 @@ from components.train.objectives.base import Objective
 from components.train.objectives.opening import computed_in, open_objective
 from components.train.ongoing import Fit
 from components.train.ranks import ALONE, Ranks
+from components.train.search.guide import ALONE_STANDING, Guide
+from components.train.search.search import search
 from components.train.trainjob import ASKED, Nodes
 from components.train.update import autocast
 
@@ -31,6 +33,9 @@ log = logging.getLogger("tuneyard.train")
 
 # Kubeflow Pipelines sets it in each pod it starts.
 _POD = "KFP_POD_NAME"
+
+
+_Rows = dict[str, list[dict[str, Any]]]
 
 
 def _rows(artifact: Artifact) -> list[dict[str, Any]]:
@@ -103,6 +108,8 @@ def train(config: TrainConfig, inputs: Mapping[str, Artifact], context: Context)
     asked = os.environ.get(ASKED)
     if asked:
         return job.train_as_job(Nodes.model_validate_json(asked), config, inputs, context)
+    if config.search:
+        return search(config, config.search, inputs, context, partial(runs.begin, config, context, inputs))
     if not os.environ.get(_POD):
         return train_here(config, inputs, context)
     keeping.resume(context, ALONE)
@@ -116,6 +123,7 @@ def train_here(
     context: Context,
     ranks: Ranks = ALONE,
     saved: Callable[[Path], None] = lambda _: None,
+    guide: Guide = ALONE_STANDING,
 ) -> Result:
     """Write `model` (an adapter or whole weights, with its card) and `ledger` (rows cut or dropped, history).
 
@@ -125,26 +133,29 @@ def train_here(
         context: where; of a process that writes nothing, `out` stays empty and the result says nothing.
         ranks: the processes that train together.
         saved: receives the folder of each checkpoint.
+        guide: of a trial of a search.
 
     Raises:
+        Pruned: the search ended this trial.
         StageStopped: too many examples are over-long, or there are too few labels.
         TuneyardError: the loss is not finite, or other weights move than the adapter promises.
     """
     base = _reference(config.base_model, context, config.revision)
-    rows = {side: _rows(inputs[side]) for side in ("train", "eval")}
+    rows = examples(inputs)
     with contextlib.ExitStack() as open_runs:
         before = None
         if config.first:
             before = _learn_domain(config, inputs, base, context, ranks, saved, open_runs)
-        made = _ready(config, rows, context)
+        made = _ready(config, rows, context, guide)
         facts: dict[str, Any] = {"trainable_weights": made.weights[0], "total_weights": made.weights[1]}
         facts["base_fingerprint"] = base.fingerprint
         if before is None:
-            run_id, first = open_runs.enter_context(runs.tracked(config, context, inputs, facts, ranks)), {}
+            ours = runs.tracked(config, context, inputs, facts, ranks, guide)
+            run_id, first = open_runs.enter_context(ours), {}
         else:
             run_id, first = before.run_id, _go_on(before, made, config, ranks)
             tracking.log_settings(run_id, facts)
-        result = _fitted(made, config, context, run_id, ranks, saved, first=first)
+        result = _fitted(made, config, context, run_id, ranks, saved, guide=guide, first=first)
     if not ranks.writes:
         return Result(kinds={})
     ledgers = {**(before.ledgers if before else {}), **made.ledgers}
@@ -153,6 +164,7 @@ def train_here(
     reference = drift.of_training(made.encoded["train"], made.learned)
     learnt = phases.described(config, first, ledgers["first_train"], inputs) if first else None
     card = card.model_copy(update={"retention": kept, "reference": reference, "first": learnt})
+    card = card.model_copy(update={"chosen": dict(guide.chosen)})
     saving.save(made.objective, config, card, context.out / "model")
     made.objective.leave(context.out / "ledger")
     return saving.describe(result, ledgers, card, context, run_id, made.checked)
@@ -174,8 +186,15 @@ class _Ready:
     precision: causal.Precision
 
 
-def _ready(config: TrainConfig, rows: dict[str, list[dict[str, Any]]], context: Context) -> _Ready:
-    """Everything before the first update of a phase: the same whenever it is done again."""
+def examples(inputs: Mapping[str, Artifact]) -> _Rows:
+    """The examples of train and eval."""
+    return {side: _rows(inputs[side]) for side in ("train", "eval")}
+
+
+def opened(
+    config: TrainConfig, rows: _Rows, context: Context, guide: Guide = ALONE_STANDING
+) -> tuple[Objective, Mapping[str, Sequence[Any]], dict[str, Sequence[Any]], dict[str, Ledger]]:
+    """The objective over its base with everything seeded, and each side as text, token ids and ledger."""
     _seed(config.seed)
     objective = _open(config, rows["train"], context)
     watched = sorted(objective.usable(rows["eval"]), key=lambda row: row["id"])
@@ -183,9 +202,15 @@ def _ready(config: TrainConfig, rows: dict[str, list[dict[str, Any]]], context: 
     learned, unused = objective.rewritten(rows, context.work / "rewritten")
     folder = sources.model_folder(config.base_model, context.store, config.revision)
     cache = context.store.cache if context.store else None
-    encoded, ledgers = tokens.encoded(objective, learned, config, folder, cache)
+    encoded, ledgers = tokens.encoded(objective, learned, config, folder, cache, guide.longest_judged)
     for side, left_out in unused.items():
         ledgers[side].leave_out(left_out)
+    return objective, learned, encoded, ledgers
+
+
+def _ready(config: TrainConfig, rows: _Rows, context: Context, guide: Guide = ALONE_STANDING) -> _Ready:
+    """Everything before the first update of a phase: the same whenever it is done again."""
+    objective, learned, encoded, ledgers = opened(config, rows, context, guide)
     precision = computed_in(config)
     objective.prepare([*encoded["train"], *encoded["eval"]], partial(autocast, precision))
     _adapt(objective, config)
@@ -205,10 +230,11 @@ def _fitted(
     ranks: Ranks,
     saved: Callable[[Path], None],
     prefix: str = "",
+    guide: Guide = ALONE_STANDING,
     **phase: Any,
 ) -> Fit:
     """Fit a phase; its curve goes to MLflow, the loss of the start as step 0."""
-    folder, report = context.work / "checkpoints", runs.curve(run_id, prefix)
+    folder, report = context.work / "checkpoints", runs.curve(run_id, prefix, guide)
     sides = made.encoded["train"], made.encoded["eval"]
     result = fit(
         made.objective, *sides, config, made.precision, folder, report, ranks=ranks, saved=saved, **phase

@@ -443,3 +443,113 @@ def test_a_file_needs_only_the_name_of_its_objective(tmp_path, kind):
     assert spec.ingest.format == trait.formats[0] and spec.train.adapter.kind == trait.adapter
     assert spec.split.stratify_by == trait.stratify_by and spec.train.objective.kind == kind
     assert METRICS[trait.task]
+
+
+SEARCH = """name: searching
+ingest: {source: ./corpus.jsonl, columns: {prompt: q, completion: a}}
+train:
+  objective: sft
+  base_model: ./model
+  search:
+    space:
+"""
+
+
+def test_a_search_is_read_and_resolved_and_can_be_overridden(tmp_path):
+    text = SEARCH + "      learning_rate: {low: 1e-5, high: 1e-3, log: true}\n      adapter.rank: [8, 16]\n"
+    path = write(tmp_path, text + "    trials: 12\n")
+    spec = load(path, ["train.search.trials=6", "train.search.pruner.min_steps=5"])
+    found = spec.train.search
+    assert (found.trials, found.parallel, found.pruner.min_steps, found.pruner.reduction_factor) == (
+        6,
+        1,
+        5,
+        3,
+    )
+    assert (found.space["learning_rate"].low, found.space["adapter.rank"]) == (1e-5, (8, 16))
+    again = tmp_path / "again.yaml"
+    again.write_text(yaml.safe_dump(spec.resolved()))
+    assert load(str(again)) == spec
+    assert load(path, ["train.search=null"]).train.search is None
+    # The dots of a name are those of sections, on the command line as anywhere.
+    more = load(path, ["train.search.space.adapter.alpha=[16, 32]"]).train.search
+    assert more.space["adapter.alpha"] == (16, 32) and more.space["adapter.rank"] == (8, 16)
+
+
+@pytest.mark.parametrize(
+    ("space", "expected"),
+    [
+        ("adapter.r: [8, 16]", "adapter.r: no such setting of train; did you mean adapter.rank?"),
+        ("lerning_rate: [1, 2]", "lerning_rate: no such setting of train; did you mean learning_rate?"),
+        ("learning_rate: {low: -1, high: 1}", "learning_rate: -1: Input should be greater than 0"),
+        ("label_smoothing: {low: 0, high: 1}", "label_smoothing: 1: Input should be less than 1"),
+        ("adapter.rank: {low: 0.5, high: 8}", "adapter.rank: 0.5: Input should be a valid integer"),
+        (
+            "precision: [float32, float16]",
+            "precision: float16: Input should be 'auto', 'float32' or 'bfloat16'",
+        ),
+        ("learning_rate: {low: 2, high: 1}", "learning_rate: low (2) is not below high (1)"),
+        ("learning_rate: {low: 0, high: 1, log: true}", "low (0) has no logarithm"),
+        ("learning_rate: {lo: 1, high: 2}", "lo: no such setting; there are high, log, low"),
+        ("learning_rate: 3", "learning_rate: write a list, or {low: ..., high: ..., log: true} (it is 3)"),
+        ("adapter.rank: [8]", "adapter.rank: has nothing to choose from"),
+        ("adapter.rank: [8, 8]", "adapter.rank: has a value twice"),
+        ("seed: [1, 2]", "seed: would choose a lucky order of the examples"),
+        ("base_model: [a, b]", "base_model: is what every trial begins with"),
+        ("objective.kind: [sft, dpo]", "objective.kind: is what trials are compared by"),
+        ("objective.loss_on: [all, last]", "objective.loss_on: changes the loss itself"),
+        ("adapter: [lora, full]", "adapter: is a whole section: name a setting of it"),
+        ("adapter.kind: [lora, full]", "adapter.kind: decides what later stages can do with the model"),
+        ("max_steps: [10, 20]", "max_steps: says how long a trial may train"),
+        ("eval_examples: [10, 20]", "eval_examples: decides which examples trials are judged on"),
+        ("retain.replay: [0.1, 0.2]", "retain.replay: retain.source: Field required"),
+        ("adapter.rank: [8, 16]\n    trials: 3", "search.trials: 3 trials of a space of 2 combinations"),
+        ("weight_decay: [0.1, 0.2]\n    parallel: 40", "search.parallel: 40 at a time of 20 trials"),
+    ],
+)
+def test_what_a_search_cannot_try_is_refused_with_its_line(tmp_path, space, expected):
+    with pytest.raises(SpecError) as error:
+        load(
+            write(tmp_path, f"{SEARCH}      {space}\n"),
+            ["train.search.trials=2"] * ("trials" not in expected),
+        )
+    found = [fault for fault in error.value.faults if expected in fault]
+    assert found and found[0].startswith(("line 8: ", "line 9: ")), error.value.faults
+    assert error.value.exit_code == EXIT_USAGE
+
+
+def test_all_faults_of_a_search_are_told_at_once_with_those_beside_it(tmp_path):
+    text = SEARCH + (
+        "      adapter.r: [8, 16]\n      seed: [1, 2]\n      learning_rate: {low: 2, high: 1}\n"
+        "      dropout: {low: 0, high: 2}\n  max_lenght: 3\nhardware: {nodes: 2, gpus_per_node: 1}\n"
+    )
+    with pytest.raises(SpecError) as error:
+        load(write(tmp_path, text))
+    starts = (
+        "line 8: ",
+        "line 9: ",
+        "line 10: ",
+        "line 11: ",
+        "line 12: ",
+        "line 13: hardware: trials share one pod",
+    )
+    assert len(error.value.faults) == 6
+    assert all(any(fault.startswith(start) for fault in error.value.faults) for start in starts)
+
+
+def test_a_value_that_the_rest_of_train_does_not_allow_is_refused(tmp_path):
+    space = "      retain.distil_from_base: [0.0, 0.5]\n      adapter.every_steps: [5, 10]\n    trials: 2\n"
+    text = SEARCH.replace("sft", "language-modeling").replace("prompt: q, completion: a", "text: q") + space
+    text = text.replace("  search:", "  adapter: progressive\n  retain: {source: ./kept}\n  search:")
+    with pytest.raises(SpecError) as error:
+        load(write(tmp_path, text))
+    told = "\n".join(error.value.faults)
+    assert "retain.distil_from_base: 0.5: retain.distil_from_base (0.5) needs a base that predicts" in told
+    assert "adapter.every_steps: 5: every_steps (5) and until (0.5) cannot both be set" in told
+
+
+def test_a_pruner_that_never_prunes_is_refused(tmp_path):
+    text = SEARCH + "      weight_decay: [0.0, 0.1]\n    trials: 2\n  max_steps: 10\n"
+    with pytest.raises(SpecError, match=r"min_steps \(10\) is not below train.max_steps \(10\)"):
+        load(write(tmp_path, text))
+    assert load(write(tmp_path, text), ["train.search.pruner.min_steps=5"]).train.search.trials == 2
