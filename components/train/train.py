@@ -173,7 +173,7 @@ def _ready(config: TrainConfig, rows: dict[str, list[dict[str, Any]]], context: 
     watched = sorted(objective.usable(rows["eval"]), key=lambda row: row["id"])
     rows = {**rows, "eval": watched[: config.eval_examples]}
     folder = sources.model_folder(config.base_model, context.store, config.revision)
-    cache = context.store.cache if context.store else None
+    cache: Path | None = getattr(context.store, "cache", None)  # without one, each run tokenises
     encoded, ledgers = tokens.encoded(objective, rows, config, folder, cache)
     precision = computed_in(config)
     objective.prepare([*encoded["train"], *encoded["eval"]], partial(autocast, precision))
