@@ -14,6 +14,7 @@ import shutil
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -159,14 +160,11 @@ def _content(rows: Rows) -> str:
 
 def _depends_on(objective: Objective, train: Rows, config: TrainConfig, folder: Path) -> dict[str, Any]:
     """All that token ids depend on besides the rows of their side; train's rows tell labels and scales."""
-    import tokenizers
-    import transformers
-
     tokenizer = objective.tokenizer
     files = {p.name: digest.of_file(p) for p in sorted(folder.iterdir()) if p.suffix in _TEXTS}
     return {
         "code": digest.of_code("train"),
-        "libraries": [transformers.__version__, tokenizers.__version__],
+        "libraries": [version("transformers"), version("tokenizers")],
         "tokenizer": [type(tokenizer).__name__, files, tokenizer.chat_template],
         "special": {name: str(token) for name, token in tokenizer.special_tokens_map.items()},
         "objective": config.objective.model_dump(mode="json"),

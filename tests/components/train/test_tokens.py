@@ -105,8 +105,7 @@ CHANGES = {
     "the template": lambda s: _edit(s["folder"], "chat_template.jinja", lambda t: t + " "),
     "the vocabulary": lambda s: _edit(s["folder"], "tokenizer.json", lambda t: t.replace("\n", "\n ", 1)),
     "the code": lambda s: s["patch"].setattr(tokens.digest, "of_code", lambda stage: "other"),
-    "the tokenizers library": lambda s: s["patch"].setattr("tokenizers.__version__", "0"),
-    "the transformers library": lambda s: s["patch"].setattr("transformers.__version__", "0"),
+    "the libraries": lambda s: s["patch"].setattr(tokens, "version", lambda n: n),
 }
 
 
