@@ -11,6 +11,7 @@ import hashlib
 import logging
 import os
 import shutil
+import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
@@ -30,6 +31,7 @@ log = logging.getLogger("tuneyard.train")
 
 # Of all that is kept on a node; the longest unused goes first. 4 bytes a token: two thousand million of them.
 MOST_BYTES = 8 * 2**30
+_TORN_SECONDS = 86400.0
 # What a tokenizer may be made from, and what it never is.
 _TEXTS = (".json", ".txt", ".model", ".jinja")
 
@@ -133,7 +135,7 @@ def _opened(place: Path) -> tuple[Sequence[Any], Ledger] | None:
         ledger = Ledger(counts, tokens, facts["rows"], facts["pieces"], facts["parts"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         log.warning("train: the token ids in %s are damaged (%s); tokenising again", place, error)
-        shutil.rmtree(place)
+        shutil.rmtree(place, ignore_errors=True)
         return None
     os.utime(place)
     return found, ledger
@@ -145,6 +147,9 @@ def bound(folder: Path, newest: Path | None = None, most: int | None = None) -> 
     Who has a removed one open reads on.
     """
     most = MOST_BYTES if most is None else most
+    for torn in folder.glob(".*"):  # what a process that was killed had written aside
+        if torn.is_dir() and time.time() - torn.stat().st_mtime > _TORN_SECONDS:
+            shutil.rmtree(torn, ignore_errors=True)
     places = [p for p in folder.iterdir() if p.is_dir() and not p.name.startswith(".")]
     sizes = {p: sum(f.stat().st_size for f in p.iterdir()) for p in places}
     for place in sorted((p for p in places if p != newest), key=lambda p: p.stat().st_mtime_ns):

@@ -201,7 +201,7 @@ def opened(
     rows = {**rows, "eval": watched[: config.eval_examples]}
     learned, unused = objective.rewritten(rows, context.work / "rewritten")
     folder = sources.model_folder(config.base_model, context.store, config.revision)
-    cache = context.store.cache if context.store else None
+    cache: Path | None = getattr(context.store, "cache", None)  # without one, each run tokenises
     encoded, ledgers = tokens.encoded(objective, learned, config, folder, cache, guide.longest_judged)
     for side, left_out in unused.items():
         ledgers[side].leave_out(left_out)

@@ -6,6 +6,7 @@ import dataclasses
 import os
 import shutil
 import threading
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -207,7 +208,11 @@ def test_what_was_unused_for_longest_goes_first(tmp_path):
         (tmp_path / name).mkdir()
         (tmp_path / name / "ids.npy").write_bytes(b"x" * 100)
         os.utime(tmp_path / name, (1e9 - age, 1e9 - age))
+    for name, age in ((".torn", 1e6), (".going", 0)):
+        (tmp_path / name).mkdir()
+        os.utime(tmp_path / name, (time.time() - age,) * 2)
     tokens.bound(tmp_path, tmp_path / "oldest", most=250)
+    (tmp_path / ".going").rmdir()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["new", "oldest"]
     tokens.bound(tmp_path, tmp_path / "oldest", most=0)
     assert [path.name for path in tmp_path.iterdir()] == ["oldest"]
