@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -144,13 +145,19 @@ def test_what_goes_on_is_the_training_of_the_best_settings_bit_for_bit(tiny_caus
     assert len(list((out.parent / "work" / "search" / "trials").iterdir())) == 1
 
 
-def test_examples_are_encoded_once(tiny_causal, run, monkeypatch):
-    calls = []
-    real = Sft.encode
-    monkeypatch.setattr(Sft, "encode", lambda self, row: calls.append(row["id"]) or real(self, row))
-    run(config_for(tiny_causal, {"space": RATES, "trials": 3, "pruner": None}, max_steps=2, eval_steps=1))
-    # All sixteen, and in each trial the first of train and of eval, which tells what the file holds.
-    assert len(calls) == 16 + 3 * 2
+def test_examples_are_encoded_once(tiny_causal, run, monkeypatch, tmp_path):
+    kept, calls = SimpleNamespace(cache=tmp_path / "cache"), []
+    monkeypatch.setattr(worker.Store, "from_environment", lambda: kept)
+    real = Sft.encode_all
+
+    def counted(self, examples):
+        calls.extend(row["id"] for row in examples)
+        return real(self, examples)
+
+    monkeypatch.setattr(Sft, "encode_all", counted)
+    asked = {"space": RATES, "trials": 3, "pruner": None}
+    run(config_for(tiny_causal, asked, max_steps=2, eval_steps=1), store=kept)
+    assert sorted(calls) == [f"{number:03}" for number in range(16)]
 
 
 def test_what_falls_behind_is_ended_and_costs_fewer_steps(tiny_causal, run):
