@@ -26,3 +26,29 @@ def tiny_gemma(vocabulary: int, seed: int = 0, **changes):
         "bos_token_id": 2,
     }
     return Gemma3ForCausalLM(Gemma3TextConfig(**{**settings, **changes})).eval()
+
+
+def tiny_resnet(folder, seed: int = 0) -> None:
+    """Write a random ResNet of four stages, with its norms' statistics settled, and how its images are made."""
+    import torch
+    from transformers import ConvNextImageProcessorPil, ResNetConfig, ResNetModel
+
+    torch.manual_seed(seed)
+    sizes = {"embedding_size": 8, "hidden_sizes": [8, 8, 16, 32], "depths": [1, 1, 1, 1]}
+    model = ResNetModel(ResNetConfig(layer_type="basic", **sizes)).train()
+    with torch.no_grad():
+        for _ in range(40):
+            model(torch.rand(8, 3, 32, 32) * 2 - 1)
+    model.eval().save_pretrained(folder)
+    ConvNextImageProcessorPil(size={"shortest_edge": 32}, crop_pct=1.0).save_pretrained(folder)
+
+
+def tiny_vit(folder, seed: int = 0) -> None:
+    """Write a random ViT of two layers, and how its images are made."""
+    import torch
+    from transformers import ViTConfig, ViTImageProcessorPil, ViTModel
+
+    torch.manual_seed(seed)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    ViTModel(ViTConfig(image_size=32, patch_size=8, **sizes), add_pooling_layer=False).save_pretrained(folder)
+    ViTImageProcessorPil(size={"height": 32, "width": 32}).save_pretrained(folder)

@@ -20,6 +20,8 @@ _OVER_ALL_EXAMPLES = {
     "accuracy",
     "macro_f1",
     "auc",
+    "sensitivity",
+    "specificity",
     "pair_accuracy",
     "pair_margin_nats",
 }

@@ -25,6 +25,8 @@ BETTER: dict[str, Literal["lower", "higher"]] = {
     "accuracy": "higher",
     "macro_f1": "higher",
     "auc": "higher",
+    "sensitivity": "higher",
+    "specificity": "higher",
     "mae": "lower",
     "rmse": "lower",
     "r2": "higher",

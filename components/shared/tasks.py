@@ -21,6 +21,7 @@ Task = Literal[
     "embedding",
     "multi-task",
     "reward",
+    "image-classification",
 ]
 ObjectiveKind = Literal[
     "sft",
@@ -35,6 +36,7 @@ ObjectiveKind = Literal[
     "dpo",
     "reward",
     "ppo",
+    "image-classification",
 ]
 # What compress can make smaller, and what the model server answers with.
 COMPRESSED: tuple[Task, ...] = ("causal-lm", "classification")
@@ -78,6 +80,7 @@ OBJECTIVES: dict[str, Trait] = {
     "dpo": Trait("causal-lm", ("preference",), adapter="lora", group_by="prompt"),
     "reward": Trait("reward", ("preference",), adapter="lora", group_by="prompt"),
     "ppo": Trait("causal-lm", ("prompt-only",), adapter="lora", smooths=False),
+    "image-classification": Trait("image-classification", ("labelled-image",), stratify_by="label"),
 }
 
 

@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from components.shared import drift, jsonl, sources, tracking
+from components.shared import drift, media, sources, tracking
 from components.shared.errors import StageStopped
 from components.shared.modelcard import BaseModelRef, ModelCard
 from components.shared.stage import Artifact, Context, Result
@@ -36,7 +36,7 @@ _REPORT_SECONDS = 15.0
 
 
 def _rows(artifact: Artifact) -> list[dict[str, Any]]:
-    return list(jsonl.read(artifact.path / "examples.jsonl"))
+    return list(media.read(artifact.path))
 
 
 def _seed(seed: int) -> None:

@@ -228,6 +228,39 @@ class PpoObjective(Settings):
         return [self.reward_model]
 
 
+class ImageAugmentation(Settings):
+    """What is done to each training image anew in every update; nothing to those that judge the model.
+
+    Args:
+        rotate_degrees: turned by at most so much, either way.
+        crop: share (0-1) of each side that a cut-out may leave out; what is left is stretched to the whole.
+        colour_jitter: share (0-1) by which brightness, contrast and saturation each move at most.
+        flip: mirrored every second time: left and right, or that and upside down; `none` where a mirror image
+            means something else, as in writing.
+    """
+
+    rotate_degrees: float = Field(0.0, ge=0, le=180)
+    crop: float = Field(0.0, ge=0, lt=1)
+    colour_jitter: float = Field(0.0, ge=0, lt=1)
+    flip: Literal["none", "horizontal", "both"] = "none"
+
+
+class ImageClassificationObjective(Settings):
+    """One label out of several for an image. Images are prepared as the base says, and so for good.
+
+    Norms over a batch keep the base's statistics: with a batch's own the loss would depend on how an update is
+    cut into micro-batches.
+
+    Args:
+        class_weights: see ClassificationObjective.
+        augment: see ImageAugmentation.
+    """
+
+    kind: Literal["image-classification"]
+    class_weights: Literal["balanced"] | dict[str, Annotated[float, Field(gt=0)]] | None = None
+    augment: ImageAugmentation = ImageAugmentation()
+
+
 ObjectiveConfig = Annotated[
     SftObjective
     | LanguageModelingObjective
@@ -240,6 +273,7 @@ ObjectiveConfig = Annotated[
     | MultiTaskObjective
     | DpoObjective
     | RewardObjective
-    | PpoObjective,
+    | PpoObjective
+    | ImageClassificationObjective,
     Field(discriminator="kind"),
 ]

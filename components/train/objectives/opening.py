@@ -14,6 +14,7 @@ from components.train.objectives.config import (
     ClassificationObjective,
     ContrastiveObjective,
     DpoObjective,
+    ImageClassificationObjective,
     LanguageModelingObjective,
     MaskedLanguageModelingObjective,
     MultiTaskObjective,
@@ -26,6 +27,7 @@ from components.train.objectives.config import (
 )
 from components.train.objectives.contrastive import Contrastive
 from components.train.objectives.dpo import Dpo
+from components.train.objectives.image_classification import ImageClassification
 from components.train.objectives.language_modeling import LanguageModeling
 from components.train.objectives.masked_language_modeling import MaskedLanguageModeling
 from components.train.objectives.multi_task import MultiTask, heads_of
@@ -88,6 +90,8 @@ def _encoder(config: TrainConfig, rows: Sequence[Mapping[str, Any]], folder: Pat
             asked = config.objective.class_weights
             weights = class_weights(rows, asked) if asked else None
             return Classification(folder, labels_of(rows), config.dropout, weights)
+        case ImageClassificationObjective():
+            return ImageClassification(folder, config, rows)
         case RegressionObjective():
             scale = scale_of([row["score"] for row in rows], "scores")
             return Regression(folder, config.objective, scale, config.dropout)
