@@ -29,7 +29,7 @@ def tiny_gemma(vocabulary: int, seed: int = 0, **changes):
 
 
 def tiny_resnet(folder, seed: int = 0) -> None:
-    """Write a random ResNet of four stages, with its norms' statistics settled, and how its images are made."""
+    """Write a random ResNet of four stages, its norms settled, and how its images are made."""
     import torch
     from transformers import ConvNextImageProcessorPil, ResNetConfig, ResNetModel
 

@@ -148,11 +148,12 @@ def read_tests(inputs: Mapping[str, Artifact]) -> list[dict[str, Any]]:
         raise TuneyardError(
             "test holds no example", "give the corpus more rows, or split.ratios a larger test share"
         )
-    ids = {examples.likeness(row): row.get("origin") for row in tests}
-    leaked = [row for row in jsonl.read(train) if examples.likeness(row) in ids]
+    seen = {examples.likeness(row): row.get("origin") for row in tests}
+    leaked = [row for row in jsonl.read(train) if examples.likeness(row) in seen]
     if leaked:
         shown = "; ".join(
-            f"{row['id'][:12]} (test {_where(ids[examples.likeness(row)])}, train {_where(row.get('origin'))})"
+            f"{row['id'][:12]} (test {_where(seen[examples.likeness(row)])}, "
+            f"train {_where(row.get('origin'))})"
             for row in leaked[:_SHOWN_LEAKS]
         )
         raise TuneyardError(

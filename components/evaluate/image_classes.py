@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from components.shared.errors import TuneyardError
 from components.shared.modelcard import ModelCard
 from components.shared.progress import Progress
 from components.shared.stage import Artifact, Context
+from components.shared.store import Store
 
 _TIMED_SINGLY = 48
 # The side, in pixels, of what the regression sees: larger pictures gain it little and cost it much.
@@ -45,27 +46,15 @@ def take(
         TuneyardError: the model's images are no longer prepared as they were in its training.
     """
     import torch
-    from transformers import AutoModelForImageClassification
 
-    folder, part = inputs["model"].path, Part({})
-    size = config.per_device_batch_size
-    every = range(len(tests))
+    part, size, every = Part({}), config.per_device_batch_size, range(len(tests))
     batches = share.take([every[a : a + size] for a in range(0, len(tests), size)])
     if not batches:
         part.arrays.update(rows("tuned/logits", [], []))
         return part
-    processor = images.open_processor(folder)
-    images.refuse_other(processor, ModelCard.read(folder).preprocess_probe, folder)
     progress = Progress(share.label("tuned: images"), sum(map(len, batches)), "images")
     with resources.peak_memory() as memory:
-        model = opening.tuned(folder, context.store, AutoModelForImageClassification).to(causal.device())
-
-        def forward(of: Sequence[int]) -> Any:
-            pictures = [images.decode(Path(tests[i]["image"]))[0] for i in of]
-            with clock.arithmetic(), torch.inference_mode():
-                values = images.pixel_values(processor, pictures).to(causal.device())
-                return model(pixel_values=values).logits.float().cpu().numpy()
-
+        forward = _opened(inputs["model"].path, context.store, [row["image"] for row in tests])
         forward(batches[0])  # the first pass pays for set-up; it does not count
         started, logits = time.perf_counter(), []
         for batch in batches:
@@ -74,7 +63,7 @@ def take(
         seconds = time.perf_counter() - started
         singly = list(every)[:: max(1, len(tests) // _TIMED_SINGLY)] if share.measures else []
         alone = [_seconds(forward, index) for index in singly]
-    del model
+    del forward
     gc.collect()
     of = [index for batch in batches for index in batch]
     part.arrays.update(rows("tuned/logits", of, _stacked(logits)))
@@ -83,6 +72,28 @@ def take(
         part.measured["tuned"] = resources.latencies(alone) | measured
         part.measured["machine"] = {"threads": int(torch.get_num_threads())}
     return part
+
+
+def _opened(folder: Path, store: Store, paths: Sequence[str]) -> Callable[[Sequence[int]], Any]:
+    """The model of a folder: indices of pictures in, logits [pictures, classes] out.
+
+    Raises:
+        TuneyardError: its pictures are no longer prepared as they were in its training.
+    """
+    import torch
+    from transformers import AutoModelForImageClassification
+
+    processor = images.open_processor(folder)
+    images.refuse_other(processor, ModelCard.read(folder).preprocess_probe, folder)
+    model = opening.tuned(folder, store, AutoModelForImageClassification).to(causal.device())
+
+    def forward(of: Sequence[int]) -> Any:
+        pictures = [images.decode(Path(paths[i]))[0] for i in of]
+        with clock.arithmetic(), torch.inference_mode():
+            values = torch.tensor(images.pixel_values(processor, pictures), device=causal.device())
+            return model(pixel_values=values).logits.float().cpu().numpy()
+
+    return forward
 
 
 def _seconds(forward: Any, index: int) -> float:
@@ -126,7 +137,7 @@ def judge(
     scores["commonest"] = _stacked([[[counts[label] / len(train) for label in card.labels]]] * len(tests))
     abouts = {
         "tuned": "the tuned model, PyTorch float32",
-        "pixels_logreg": f"logistic regression on {_THUMBNAIL} x {_THUMBNAIL} pixels of {fitted} train examples",
+        "pixels_logreg": f"logistic regression on {_THUMBNAIL}² pixels of each of {fitted} train examples",
         "commonest": f"the commonest class of train, {counts.most_common(1)[0][0]}, whatever the image",
     }
     systems = {

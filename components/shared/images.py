@@ -42,8 +42,9 @@ def decode(source: Path | bytes) -> tuple[Any, str, int]:
             image = Image.open(io.BytesIO(raw), formats=tuple(_FORMATS))
             if image.width * image.height > MAX_PIXELS:
                 raise BadMedia("too_large", f"{image.width} x {image.height} pixels, over {MAX_PIXELS:,}")
-            if getattr(image, "n_frames", 1) > 1:
-                raise BadMedia("several_frames", f"{image.n_frames} frames: which one is meant?")
+            frames = getattr(image, "n_frames", 1)
+            if frames > 1:
+                raise BadMedia("several_frames", f"{frames} frames: which one is meant?")
             image.load()
             turned = ImageOps.exif_transpose(image)
         except UnidentifiedImageError as error:
@@ -54,7 +55,7 @@ def decode(source: Path | bytes) -> tuple[Any, str, int]:
         # What PIL's decoders raise at damaged files is of many types, all meaning that.
         except (OSError, ValueError, SyntaxError, EOFError, IndexError, TypeError, KeyError) as error:
             raise BadMedia("torn_file", f"{type(error).__name__}: {error}") from error
-    return _rgb(turned), _FORMATS[image.format], len(image.getbands())
+    return _rgb(turned), _FORMATS[image.format or ""], len(image.getbands())
 
 
 def _rgb(image: Any) -> Any:
@@ -107,8 +108,8 @@ def open_processor(folder: Path) -> Any:
 
 
 def pixel_values(processor: Any, images: Sequence[Any]) -> Any:
-    """Pictures as float32 [images, channels, height, width]."""
-    return processor(images=list(images), return_tensors="pt")["pixel_values"]
+    """Pictures as a NumPy array, float32 [images, channels, height, width]."""
+    return processor(images=list(images), return_tensors="np")["pixel_values"]
 
 
 def probe(processor: Any) -> dict[str, Any]:
@@ -118,7 +119,7 @@ def probe(processor: Any) -> dict[str, Any]:
 
     rows, columns = np.mgrid[0:96, 0:128]
     picture = np.stack([rows * 2, columns * 2, (rows * columns) % 256], axis=-1).astype(np.uint8)
-    values = pixel_values(processor, [Image.fromarray(picture)]).numpy()
+    values = pixel_values(processor, [Image.fromarray(picture)])
     places = np.linspace(0, values.size - 1, _PROBED).astype(int)
     return {"shape": list(values.shape), "values": [round(float(v), 5) for v in values.ravel()[places]]}
 

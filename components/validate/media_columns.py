@@ -15,7 +15,7 @@ Rows = Sequence[Mapping[str, Any]]
 def pictured(examples: Rows) -> dict[str, list[Any]]:
     """Of labelled-image: what ingest measured of each, and how labels lie over them."""
     names = (*dataset.fields("labelled-image"), *dataset.MEASURED["labelled-image"])
-    columns = {name: [row.get(name) for row in examples] for name in names}
+    columns: dict[str, list[Any]] = {name: [row.get(name) for row in examples] for name in names}
     # The name in the artifact says nothing; the one at the source can be looked at.
     columns["image"] = [row.get("origin", {}).get("file") for row in examples]
     columns |= classes(columns["label"])

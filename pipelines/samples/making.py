@@ -1,4 +1,4 @@
-"""Samples that need no wheel: made of what is installed here. Beside convert.py, whose digest is in recipes."""
+"""Samples that need no wheel: made of what is installed here."""
 
 from __future__ import annotations
 

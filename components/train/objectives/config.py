@@ -248,8 +248,8 @@ class ImageAugmentation(Settings):
 class ImageClassificationObjective(Settings):
     """One label out of several for an image. Images are prepared as the base says, and so for good.
 
-    Norms over a batch keep the base's statistics: with a batch's own the loss would depend on how an update is
-    cut into micro-batches.
+    Norms over a batch keep the base's statistics: with a batch's own the loss would depend on how an update
+    is cut into micro-batches.
 
     Args:
         class_weights: see ClassificationObjective.

@@ -97,6 +97,7 @@ class ImageClassification(Objective):
 
     def logits(self, batch: Sequence[Pictured]) -> Any:
         """Float32 [images, classes]; of changed images while the model is in training mode."""
+        import torch
         from torch.nn.modules.batchnorm import _BatchNorm
 
         for module in self.model.modules():
@@ -106,7 +107,7 @@ class ImageClassification(Objective):
         if self.model.training:
             draws = [random.Random(f"{self._draw}/{e.id}") for e in batch]
             pictures = [augmented(p, self._augment, d) for p, d in zip(pictures, draws, strict=True)]
-        values = images.pixel_values(self.tokenizer, pictures).to(causal.device())
+        values = torch.tensor(images.pixel_values(self.tokenizer, pictures), device=causal.device())
         return self.model(pixel_values=values).logits.float()
 
     def judged_loss(self, encoded: Sequence[Any], batches: Iterable[Sequence[int]], ranks: Ranks) -> float:

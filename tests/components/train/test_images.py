@@ -31,6 +31,7 @@ from components.train import checkpoint, selfcheck
 from components.train.adapters.applying import apply_adapter, weight_counts
 from components.train.config import TrainConfig
 from components.train.fit import fit
+from components.train.footprint import predict
 from components.train.objectives.augmenting import augmented
 from components.train.objectives.config import ImageAugmentation
 from components.train.objectives.opening import open_objective
@@ -113,7 +114,9 @@ def test_micro_batches_add_up_with_norms_and_augmentation_on(bases, corpus, kind
     losses = []
     for micros in (whole, [batch[:3], batch[3:]]):
         objective.model.zero_grad()
-        loss = sum(objective.summed_loss(micro, 0.0) for micro in ([micros] if micros is whole[0] else micros))
+        loss = sum(
+            objective.summed_loss(micro, 0.0) for micro in ([micros] if micros is whole[0] else micros)
+        )
         loss.backward()
         losses.append((loss.item(), torch.cat([p.grad.flatten() for p in objective.model.parameters()])))
     assert losses[0][0] == pytest.approx(losses[1][0], rel=1e-5)
@@ -154,7 +157,9 @@ def test_each_augmentation_changes_the_picture_and_repeats(corpus):
         assert [d.tobytes() for d in drawn] == [d.tobytes() for d in again], name
     assert augmented(image, ImageAugmentation(), random.Random(0)).tobytes() == image.tobytes()
     # A mirrored picture is the picture mirrored, and nothing else.
-    flips = {augmented(image, ImageAugmentation(flip="horizontal"), random.Random(s)).tobytes() for s in range(9)}
+    flips = {
+        augmented(image, ImageAugmentation(flip="horizontal"), random.Random(s)).tobytes() for s in range(9)
+    }
     assert flips == {image.tobytes(), image.transpose(Image.Transpose.FLIP_LEFT_RIGHT).tobytes()}
 
 
@@ -214,7 +219,9 @@ def stage(verb, config, inputs, folder):
     )  # fmt: skip
     context.out.mkdir(parents=True)
     result = verb(config, inputs, context)
-    made = {n: Artifact(Manifest(k, describe(context.out / n)), context.out / n) for n, k in result.kinds.items()}
+    made = {
+        n: Artifact(Manifest(k, describe(context.out / n)), context.out / n) for n, k in result.kinds.items()
+    }
     for name, artifact in made.items():
         artifact.manifest.metadata.update(result.metadata.get(name, {}))
     return result, made
@@ -291,8 +298,14 @@ def test_a_test_picture_that_train_has_under_other_bytes_is_a_leak(sides, tmp_pa
 def test_sensitivity_and_specificity_are_of_the_class_that_is_looked_for():
     truth, said = [1, 1, 1, 1, 0, 0, 0], [1, 1, 1, 0, 0, 1, 1]
     scores = np.eye(2)[said]
-    assert class_metrics.of_two(truth, scores, 1) == {"sensitivity": 0.75, "specificity": pytest.approx(1 / 3)}
-    assert class_metrics.of_two(truth, scores, 0) == {"sensitivity": pytest.approx(1 / 3), "specificity": 0.75}
+    assert class_metrics.of_two(truth, scores, 1) == {
+        "sensitivity": 0.75,
+        "specificity": pytest.approx(1 / 3),
+    }
+    assert class_metrics.of_two(truth, scores, 0) == {
+        "sensitivity": pytest.approx(1 / 3),
+        "specificity": 0.75,
+    }
     assert class_metrics.of_two([1, 1], np.eye(2)[[1, 0]], 1) == {"sensitivity": 0.5, "specificity": None}
     pick = image_classes.positive_label
     assert pick(None, ["ill", "well"], {"ill": 3, "well": 90}) == "ill"
@@ -301,6 +314,21 @@ def test_sensitivity_and_specificity_are_of_the_class_that_is_looked_for():
     assert pick(None, ["a", "b", "c"], {}) is None
     with pytest.raises(TuneyardError, match="positive_label"):
         pick("sick", ["ill", "well"], {"ill": 3, "well": 90})
+
+
+@pytest.mark.parametrize("kind", BASES)
+def test_the_dry_run_counts_the_memory_of_pictures(bases, corpus, kind):
+    rows = rows_of(corpus, 24)
+    needs = [
+        predict(opened(bases[kind], rows, per_device_batch_size=size)[1], bases[kind], rows, 1000)
+        for size in (2, 16)
+    ]
+    weights = sum(w.numel() for w in opened(bases[kind], rows)[0].model.parameters())
+    assert needs[0].total_weights == weights == needs[0].moving_weights
+    # Activations grow with the batch; weights, gradients and moments do not.
+    working = [n.peak_bytes - n.held_bytes for n in needs]
+    assert needs[0].held_bytes == needs[1].held_bytes >= 12 * weights
+    assert working[1] > working[0]
 
 
 def test_one_class_alone_is_refused(bases, corpus):

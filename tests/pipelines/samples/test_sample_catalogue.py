@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import re
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from components.shared.errors import TuneyardError
 from components.shared.s3 import is_data_object
 from pipelines.samples import catalogue
 from pipelines.samples.catalogue import Gguf, OrangeTab, covering, load
+from pipelines.samples.making import files_of
 
 SAMPLES = load()
 PACKAGES = [package for sample in SAMPLES for package in sample.packages]
@@ -27,6 +29,8 @@ def test_the_promised_samples_are_there() -> None:
         "s3://corpora/finance/reuters-r8/",
         "s3://models/gemma-3-270m/",
         "s3://models/all-minilm-l6-v2/",
+        "s3://corpora/images/digits/",
+        "s3://models/resnet-small-untrained/",
     }
 
 
@@ -66,6 +70,31 @@ def test_conversions_name_what_they_read() -> None:
             assert set(sample.convert.rows) == names
         if isinstance(sample.convert, Gguf):
             assert len([name for name in names if ".gguf.part" in name]) == 4
+
+
+@pytest.mark.parametrize(
+    "uri", ["s3://corpora/images/digits/", "s3://models/resnet-small-untrained/"], ids=["digits", "resnet"]
+)
+def test_what_is_made_here_is_made_the_same_twice(uri: str, tmp_path: Path) -> None:
+    (sample,) = covering(uri)
+    found = []
+    for attempt in ("one", "two"):
+        (tmp_path / attempt).mkdir()
+        out = files_of(sample, [], tmp_path / attempt)
+        files = sorted(path for path in out.rglob("*") if path.is_file())
+        assert sum(path.stat().st_size for path in files) == sample.size
+        found.append({path.relative_to(out).as_posix(): path.read_bytes() for path in files})
+    assert found[0] == found[1]
+    wrong = sample.convert.model_copy(update={"images": 1796} if "digits" in uri else {"parameters": 7})
+    with pytest.raises(TuneyardError, match=r"came out|ended with code"):
+        (tmp_path / "three").mkdir()
+        files_of(sample.model_copy(update={"convert": wrong}), [], tmp_path / "three")
+
+
+def test_a_sample_without_packages_is_one_that_is_made_here() -> None:
+    facts = SAMPLES[0].model_dump() | {"packages": []}
+    with pytest.raises(ValidationError, match="needs packages"):
+        catalogue.Sample.model_validate(facts)
 
 
 def test_readme_table_is_the_catalogue() -> None:
