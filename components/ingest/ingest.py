@@ -75,6 +75,13 @@ def to_example(
         example[name] = after
         if after != before:
             original[name] = before
+    return _identified(example, original, row, config)
+
+
+def _identified(
+    example: dict[str, Any], original: dict[str, Any], row: Mapping[str, Any], config: IngestConfig
+) -> dict[str, Any]:
+    """An example with its id, the columns that are kept, and its fields as they were."""
     example_id = hashlib.sha256(digest.canonical(media.identity(example, config.format))).hexdigest()
     extra = {column: row.get(column) for column in config.keep}
     return (

@@ -239,10 +239,10 @@ def _tasked(examples: Rows) -> dict[str, list[Any]]:
     tasks, texts, labels = ([_text(v) for v in columns[n]] for n in ("task", "text", "label"))
     counts = Counter(tasks)
     asked = [json.dumps(pair, ensure_ascii=False) for pair in zip(tasks, texts, strict=True)]
-    folded = [f"{task}\n{folded(label)}" for task, label in zip(tasks, labels, strict=True)]
+    spelled = [f"{task}\n{folded(label)}" for task, label in zip(tasks, labels, strict=True)]
     columns["labels_of_task"] = distinct(tasks, labels)
     columns["labels_for_text"] = distinct(asked, labels)
-    columns["label_spellings"] = distinct(folded, labels)
+    columns["label_spellings"] = distinct(spelled, labels)
     columns["task_examples"] = [counts[task] for task in tasks]
     columns["text_at_limit"] = _at_limit(texts, examples)
     return columns

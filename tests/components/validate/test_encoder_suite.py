@@ -117,7 +117,7 @@ DEFECTS = {
     "strip": ("labelled-image", {7: {"height": 300}}, "warn", BETWEEN, "aspect"),
     "spelling of a class": (
         "labelled-image",
-        {2: {"label": "cat"}, 4: {"label": "Cat"}},
+        {2: {"label": "bird"}, 4: {"label": "Bird"}},
         "fail",
         BETWEEN,
         "label_spellings",
