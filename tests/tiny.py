@@ -52,3 +52,16 @@ def tiny_vit(folder, seed: int = 0) -> None:
     sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
     ViTModel(ViTConfig(image_size=32, patch_size=8, **sizes), add_pooling_layer=False).save_pretrained(folder)
     ViTImageProcessorPil(size={"height": 32, "width": 32}).save_pretrained(folder)
+
+
+def tiny_whisper(folder, seed: int = 0) -> None:
+    """Write a random Whisper of one layer each side that hears 1 s and writes bytes."""
+    import torch
+
+    from pipelines.samples.random_model import whisper
+
+    torch.manual_seed(seed)
+    sizes = {"d_model": 32, "num_mel_bins": 16, "max_source_positions": 50, "max_target_positions": 40}
+    sides = {"layers": 1, "attention_heads": 2, "ffn_dim": 64}
+    sizes |= {f"{side}_{name}": size for side in ("encoder", "decoder") for name, size in sides.items()}
+    whisper(sizes, {"feature_size": 16, "chunk_length": 1}, folder).eval().save_pretrained(folder)

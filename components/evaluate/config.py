@@ -101,6 +101,15 @@ METRICS: dict[str, tuple[str, ...]] = {
         "images_per_second",
         "memory_gib",
     ),
+    "speech-recognition": (
+        "wer",
+        "cer",
+        "loss",
+        "latency_p50_ms",
+        "latency_p95_ms",
+        "audio_seconds_per_second",
+        "memory_gib",
+    ),
     "multi-task": ("mean_score", "worst_score", *_COSTS, "retention_loss_increase"),
 }
 

@@ -26,6 +26,7 @@ from components.evaluate import (
     seq2seq,
     several,
     spans,
+    speech,
 )
 from components.evaluate.config import EvaluateConfig
 from components.evaluate.findings import Findings, flat, numbers
@@ -124,6 +125,8 @@ def task_of(inputs: Mapping[str, Artifact], config: EvaluateConfig) -> Any:
             return several
         case "image-classification", _:
             return image_classes
+        case "speech-recognition", _:
+            return speech
         case "reward", _:
             return reward_pairs
 

@@ -38,6 +38,8 @@ _METRICS: dict[str, tuple[str, str, int]] = {
     "auc": ("AUC, one against the rest", "{:.4f}", 1),
     "sensitivity": ("Sensitivity, found of those looked for", "{:.1%}", 1),
     "specificity": ("Specificity, right of the others", "{:.1%}", 1),
+    "wer": ("Words wrong, of those spoken", "{:.1%}", -1),
+    "cer": ("Characters wrong, of those spoken", "{:.1%}", -1),
     "mae": ("Mean absolute error", "{:,.4g}", -1),
     "rmse": ("Root mean squared error", "{:,.4g}", -1),
     "r2": ("R², variance explained", "{:.3f}", 1),
@@ -61,6 +63,7 @@ _METRICS: dict[str, tuple[str, str, int]] = {
     "tokens_per_second": ("Tokens per second", "{:,.1f}", 1),
     "texts_per_second": ("Texts per second", "{:,.0f}", 1),
     "images_per_second": ("Images per second", "{:,.0f}", 1),
+    "audio_seconds_per_second": ("Seconds of speech per second", "{:,.1f}", 1),
     "memory_gib": ("Peak memory, GiB", "{:.2f}", -1),
 }
 _ORDER = (

@@ -10,7 +10,7 @@ from typing import Any
 
 from components.ingest.config import IngestConfig
 from components.ingest.reading import Fault, Rows
-from components.shared import examples, images, media
+from components.shared import examples, images, media, sounds
 from components.shared.media import BadMedia
 
 # A file of more is no picture to learn from; it would only fill the memory.
@@ -19,7 +19,8 @@ _MAX_BYTES = 512 * 2**20
 
 def is_media(path: Path, field: str) -> bool:
     """Whether a file's name says that it may be what the field holds."""
-    return field == "image" and path.suffix.lower() in images.SUFFIXES
+    suffixes = images.SUFFIXES if field == "image" else sounds.SUFFIXES
+    return path.suffix.lower() in suffixes
 
 
 def located(rows: Rows, column: str, folder: Path) -> Rows:
@@ -44,7 +45,9 @@ def _found(name: str, folder: Path) -> Path | Fault:
 
 
 def by_folder(name: str, path: Path, source: str, config: IngestConfig) -> Rows:
-    """The one row of a picture that no list names: its class is the folder that it lies in.
+    """The one row of a file that no list names.
+
+    A picture's class is the folder that it lies in; a recording's transcript is the text file of its name.
 
     Args:
         name: of the file, as it is shown.
@@ -52,11 +55,27 @@ def by_folder(name: str, path: Path, source: str, config: IngestConfig) -> Rows:
         source: what the pipeline file names.
         config: settings.
     """
+    if config.format == "transcribed-audio":
+        yield 1, _beside(path, config)
+        return
     if "/" not in name.removeprefix(source.rstrip("/") + "/"):
         yield 1, Fault("missing_field", "label", "the file lies in no folder that could be its class")
         return
     field, label = (config.columns.get(name) or name for name in examples.REQUIRED[config.format])
     yield 1, {field: path, label: path.parent.name}
+
+
+def _beside(path: Path, config: IngestConfig) -> dict[str, Any] | Fault:
+    text, (audio, said) = path.with_suffix(".txt"), examples.REQUIRED[config.format]
+    try:
+        transcript = text.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        return Fault("bad_encoding", "text", f"{text.name}: {error}")
+    except OSError:
+        return Fault(
+            "missing_field", "text", f"no list names {path.name}, and there is no {text.name} beside it"
+        )
+    return {config.columns.get(audio) or audio: path, config.columns.get(said) or said: transcript}
 
 
 @dataclass(frozen=True)
@@ -82,8 +101,12 @@ class Shelf:
             return Fault("missing_field" if value is None else "wrong_type", field, what)
         try:
             raw = _bytes(value) if isinstance(value, Path) else value
-            image, suffix, channels = images.decode(raw)
-            found = images.measured(image, channels)
+            if field == "image":
+                image, suffix, channels = images.decode(raw)
+                found = images.measured(image, channels)
+            else:
+                suffix = sounds.SUFFIXES[0]
+                found = sounds.measured(*sounds.decode(raw))
         except BadMedia as error:
             return Fault(error.reason, field, f"{_shown(value)}: {error.detail}")
         sha256 = hashlib.sha256(raw).hexdigest()

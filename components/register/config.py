@@ -27,6 +27,8 @@ BETTER: dict[str, Literal["lower", "higher"]] = {
     "auc": "higher",
     "sensitivity": "higher",
     "specificity": "higher",
+    "wer": "lower",
+    "cer": "lower",
     "mae": "lower",
     "rmse": "lower",
     "r2": "higher",

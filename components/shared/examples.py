@@ -23,6 +23,7 @@ DatasetType = Literal[
     "text-pair",
     "task-text",
     "labelled-image",
+    "transcribed-audio",
 ]
 
 REQUIRED: dict[str, tuple[str, ...]] = {
@@ -37,6 +38,7 @@ REQUIRED: dict[str, tuple[str, ...]] = {
     "text-pair": ("anchor", "positive"),
     "task-text": ("task", "text", "label"),
     "labelled-image": ("image", "label"),
+    "transcribed-audio": ("audio", "text"),
 }
 OPTIONAL: dict[str, tuple[str, ...]] = {
     "prompt-completion": ("system", "reasoning"),
@@ -54,11 +56,13 @@ NOT_TEXT: dict[str, Literal["messages", "tools", "number", "spans", "media"]] = 
     "rejected_score": "number",
     "entities": "spans",
     "image": "media",
+    "audio": "media",
 }
 # What ingest measures of a media file and writes beside its field. The first says what is in the file when it
 # is decoded, as sha256: two examples that share it show a model the same, whatever their bytes are.
 MEASURED: dict[str, tuple[str, ...]] = {
     "labelled-image": ("pixels", "width", "height", "channels", "spread"),
+    "transcribed-audio": ("samples", "seconds", "sample_rate", "channels", "level_db"),
 }
 
 

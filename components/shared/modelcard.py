@@ -67,7 +67,8 @@ class ModelCard(BaseModel):
         task_in_text: whether a multi-task model reads the name of the task before the text (heads.asked).
         max_length_tokens: longer inputs are cut (and counted) before the model sees them.
         template_probe: chat.probe of the tokenizer; None for classification.
-        preprocess_probe: what the processor of a model of images makes of a test picture; None for others.
+        preprocess_probe: what the processor of a model of images makes of a test picture, of speech of a tone
+            and a text; None for others.
         trainable_weights: how many weights training moved.
         total_weights: how many there are.
         retention: in nats, the loss on the retention set, the base's, and the increase; empty without one.

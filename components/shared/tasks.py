@@ -22,6 +22,7 @@ Task = Literal[
     "multi-task",
     "reward",
     "image-classification",
+    "speech-recognition",
 ]
 ObjectiveKind = Literal[
     "sft",
@@ -37,6 +38,7 @@ ObjectiveKind = Literal[
     "reward",
     "ppo",
     "image-classification",
+    "speech-recognition",
 ]
 # What compress can make smaller, and what the model server answers with.
 COMPRESSED: tuple[Task, ...] = ("causal-lm", "classification")
@@ -81,6 +83,7 @@ OBJECTIVES: dict[str, Trait] = {
     "reward": Trait("reward", ("preference",), adapter="lora", group_by="prompt"),
     "ppo": Trait("causal-lm", ("prompt-only",), adapter="lora", smooths=False),
     "image-classification": Trait("image-classification", ("labelled-image",), stratify_by="label"),
+    "speech-recognition": Trait("speech-recognition", ("transcribed-audio",)),
 }
 
 

@@ -85,7 +85,9 @@ def explained_by_chance(values: int, count: int) -> float:
 
 
 def length_bin(example: Mapping[str, Any]) -> str:
-    """Order of magnitude of an example, in powers of two of characters, or of pixels."""
+    """Order of magnitude of an example, in powers of two of characters, of pixels, or of milliseconds."""
+    if "seconds" in example:
+        return f"2^{int(1000 * example['seconds']).bit_length():02d}"
     if "width" in example:
         return f"2^{(example['width'] * example['height']).bit_length():02d}"
     text = "".join(str(v) for v in examples.content(example).values())

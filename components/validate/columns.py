@@ -59,6 +59,7 @@ def text_columns(dataset_type: str) -> tuple[str, ...]:
         "text-pair": ("anchor", "positive", "negative"),
         "task-text": ("text",),
         "labelled-image": (),
+        "transcribed-audio": ("text",),
     }[dataset_type]
 
 
@@ -84,6 +85,7 @@ def table(dataset_type: str, examples: Rows) -> pd.DataFrame:
         "task-text": _tasked,
         "preference": _preferred,
         "labelled-image": media_columns.pictured,
+        "transcribed-audio": media_columns.spoken,
     }
     columns |= measured.get(dataset_type, partial(_fields, dataset_type))(examples)
     for name in dict.fromkeys(name for row in examples for name in row.get("extra") or {}):

@@ -24,6 +24,19 @@ def pictured(examples: Rows) -> dict[str, list[Any]]:
     return columns
 
 
+def spoken(examples: Rows) -> dict[str, list[Any]]:
+    """Of transcribed-audio: what ingest measured of each, and how much is said in how long."""
+    names = (*dataset.fields("transcribed-audio"), *dataset.MEASURED["transcribed-audio"])
+    columns: dict[str, list[Any]] = {name: [row.get(name) for row in examples] for name in names}
+    columns["audio"] = [row.get("origin", {}).get("file") for row in examples]
+    columns["texts_for_audio"] = distinct(columns["samples"], [str(text) for text in columns["text"]])
+    columns["characters_per_second"] = [
+        len(str(text)) / max(seconds, 1e-3)
+        for text, seconds in zip(columns["text"], columns["seconds"], strict=True)
+    ]
+    return columns
+
+
 def classes(labels: Sequence[str]) -> dict[str, list[Any]]:
     """Measures of how examples are spread over labels."""
     counts = Counter(labels)

@@ -1,4 +1,4 @@
-"""What any honest corpus of pictures keeps, on what ingest measured of them; see suite.py."""
+"""What any honest corpus of pictures or recordings keeps, on what ingest measured of them; see suite.py."""
 
 from __future__ import annotations
 
@@ -11,6 +11,11 @@ _MIN_SIDE = 8
 _MAX_ASPECT = 4
 # Standard deviation of brightness, of 255: the noise of a scanner on an empty page is above it.
 _MIN_SPREAD = 1.0
+_MIN_SECONDS, _MAX_SECONDS = 0.1, 30.0
+_MIN_RATE = 8000
+_MIN_LEVEL_DB = -60
+# Fast English is some twenty letters a second, fast Chinese seven characters.
+_MAX_CHARACTERS_PER_SECOND = 40
 
 
 def pictures() -> list[Expectation]:
@@ -45,5 +50,50 @@ def pictures() -> list[Expectation]:
             "together",
             severity="warn",
             show=("image", "channels"),
+        ),
+    ]
+
+
+def recordings() -> list[Expectation]:
+    """Of transcribed-audio, beside those of its texts."""
+    return [
+        Expectation(
+            _BETWEEN,
+            {"column": "seconds", "min_value": _MIN_SECONDS, "max_value": _MAX_SECONDS},
+            f"every recording is {_MIN_SECONDS:g} to {_MAX_SECONDS:g} s long: what Whisper hears",
+            show=("audio", "seconds", "text"),
+        ),
+        Expectation(
+            _BETWEEN,
+            {"column": "sample_rate", "min_value": _MIN_RATE},
+            f"every recording has {_MIN_RATE} samples a second or more, as a telephone",
+            show=("audio", "sample_rate"),
+        ),
+        Expectation(
+            _BETWEEN,
+            {"column": "level_db", "min_value": _MIN_LEVEL_DB, "mostly": MOSTLY},
+            f"no recording is silent (below {_MIN_LEVEL_DB} dB of full scale)",
+            show=("audio", "level_db", "text"),
+        ),
+        Expectation(
+            _BETWEEN,
+            {"column": "texts_for_audio", "max_value": 1, "mostly": MOSTLY},
+            "an identical recording has one transcript, not several that contradict each other",
+            show=("audio", "text"),
+            together="samples",
+        ),
+        Expectation(
+            _BETWEEN,
+            {"column": "characters_per_second", "max_value": _MAX_CHARACTERS_PER_SECOND, "mostly": MOSTLY},
+            f"nobody says more than {_MAX_CHARACTERS_PER_SECOND} characters a second: such a transcript is of another "
+            "recording",
+            show=("audio", "seconds", "text"),
+        ),
+        Expectation(
+            "expect_column_unique_value_count_to_be_between",
+            {"column": "sample_rate", "max_value": 1},
+            "all recordings have one sample rate: some were resampled, and sound duller",
+            severity="warn",
+            show=("audio", "sample_rate"),
         ),
     ]

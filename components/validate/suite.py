@@ -69,6 +69,8 @@ def of(dataset_type: str, table: pd.DataFrame) -> list[Expectation]:
             found += [uncut("text_at_limit", "text")]
         case "labelled-image":
             found += _labels(len(table), "image") + media_suite.pictures()
+        case "transcribed-audio":
+            found += media_suite.recordings()
         case "prompt-completion":
             found += _answers()
         case "conversational":

@@ -96,11 +96,22 @@ class RandomModel(_Frozen):
     """
 
     kind: Literal["random-model"]
-    family: Literal["resnet"]
+    family: Literal["resnet", "whisper"]
     seed: int
     config: dict[str, Any]
     processor: dict[str, Any]
     parameters: int
+
+
+class SpokenDigits(_Frozen):
+    """Recordings of single digits joined to numbers of several, with pauses and noise; see recordings.py.
+
+    So many `recordings` come out of the `seed`.
+    """
+
+    kind: Literal["spoken-digits"]
+    seed: int
+    recordings: int
 
 
 class Sample(_Frozen):
@@ -122,7 +133,8 @@ class Sample(_Frozen):
     size: int
     scratch: int
     convert: Annotated[
-        Copy | OrangeTab | LawbenchEntities | Gguf | Digits | RandomModel, Field(discriminator="kind")
+        Copy | OrangeTab | LawbenchEntities | Gguf | Digits | SpokenDigits | RandomModel,
+        Field(discriminator="kind"),
     ]
     packages: tuple[Package, ...] = ()
 
@@ -140,6 +152,8 @@ class Sample(_Frozen):
                 code = []
             case Digits():
                 code = ["pictures.py"]
+            case SpokenDigits():
+                code = ["recordings.py"]
             case RandomModel():
                 code = ["random_model.py"]
             case _:

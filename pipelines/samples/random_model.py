@@ -26,7 +26,7 @@ def main(asked: Path, out: Path) -> None:
 
     spec = json.loads(asked.read_text())
     torch.manual_seed(spec["seed"])
-    model = {"resnet": _resnet}[spec["family"]](spec["config"], spec["processor"], out)
+    model = {"resnet": _resnet, "whisper": whisper}[spec["family"]](spec["config"], spec["processor"], out)
     found = sum(weight.numel() for weight in model.parameters())
     if found != spec["parameters"]:
         sys.exit(f"{found} weights came out, the catalogue expects {spec['parameters']}")
@@ -45,6 +45,34 @@ def _resnet(config: Mapping[str, Any], processor: Mapping[str, Any], out: Path) 
     with torch.no_grad():
         for _ in range(_PASSES):
             model(torch.randn(16, 3, side, side))
+    return model
+
+
+def whisper(config: Mapping[str, Any], processor: Mapping[str, Any], out: Path) -> Any:
+    """A Whisper whose tokens are bytes, so that it can write any language."""
+    from tokenizers import pre_tokenizers
+    from transformers import (
+        GenerationConfig,
+        WhisperConfig,
+        WhisperFeatureExtractor,
+        WhisperForConditionalGeneration,
+        WhisperProcessor,
+        WhisperTokenizer,
+    )
+
+    special = ["<|endoftext|>", "<|startoftranscript|>", "<|en|>", "<|zh|>"]
+    special += ["<|translate|>", "<|transcribe|>", "<|notimestamps|>"]
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: number for number, token in enumerate([*alphabet, *special])}
+    tokenizer = WhisperTokenizer(vocab=vocabulary, merges=[], language="en", task="transcribe")
+    tokenizer.add_special_tokens({"additional_special_tokens": special[1:]})
+    tokenizer.pad_token = special[0]
+    WhisperProcessor(WhisperFeatureExtractor(**processor), tokenizer).save_pretrained(out)
+    start, end = vocabulary["<|startoftranscript|>"], vocabulary[special[0]]
+    ids = {"decoder_start_token_id": start, "bos_token_id": end, "eos_token_id": end, "pad_token_id": end}
+    model = WhisperForConditionalGeneration(WhisperConfig(vocab_size=len(tokenizer), **ids, **config))
+    # Whisper's own list of tokens to suppress is of another vocabulary.
+    model.generation_config = GenerationConfig(**ids)
     return model
 
 

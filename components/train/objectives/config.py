@@ -261,6 +261,39 @@ class ImageClassificationObjective(Settings):
     augment: ImageAugmentation = ImageAugmentation()
 
 
+class SpeechAugmentation(Settings):
+    """What is done to each training recording anew in every update; nothing to those that judge the model.
+
+    Args:
+        noise_snr_db: white noise so far below the recording at the loudest, and up to 20 dB further; null for
+            none.
+        stretch: share (0-0.5) by which the tempo moves at most, either way, at the same pitch.
+        mask_seconds: longest time that is made unheard (SpecAugment, arXiv:1904.08779).
+        mask_bands: most bands of frequency that are.
+    """
+
+    noise_snr_db: float | None = None
+    stretch: float = Field(0.0, ge=0, le=0.5)
+    mask_seconds: float = Field(0.0, ge=0)
+    mask_bands: int = Field(0, ge=0)
+
+
+class SpeechRecognitionObjective(Settings):
+    """A transcript of a recording; loss on its tokens and its end, none on language and task in front of it.
+
+    train.max_length is in tokens of the transcript; recordings longer than the base hears at once (Whisper:
+    30 seconds) stop the line.
+
+    Args:
+        language: as Whisper writes it (chinese or zh); null: what the base's tokenizer says.
+        augment: see SpeechAugmentation.
+    """
+
+    kind: Literal["speech-recognition"]
+    language: str | None = None
+    augment: SpeechAugmentation = SpeechAugmentation()
+
+
 ObjectiveConfig = Annotated[
     SftObjective
     | LanguageModelingObjective
@@ -274,6 +307,7 @@ ObjectiveConfig = Annotated[
     | DpoObjective
     | RewardObjective
     | PpoObjective
-    | ImageClassificationObjective,
+    | ImageClassificationObjective
+    | SpeechRecognitionObjective,
     Field(discriminator="kind"),
 ]

@@ -23,6 +23,7 @@ from components.train.objectives.config import (
     RewardObjective,
     Seq2SeqObjective,
     SftObjective,
+    SpeechRecognitionObjective,
     TokenClassificationObjective,
 )
 from components.train.objectives.contrastive import Contrastive
@@ -37,6 +38,7 @@ from components.train.objectives.regression import Regression, scale_of
 from components.train.objectives.reward import Reward
 from components.train.objectives.seq2seq import Seq2Seq
 from components.train.objectives.sft import Sft
+from components.train.objectives.speech_recognition import SpeechRecognition
 from components.train.objectives.token_classification import TokenClassification, entity_labels
 
 
@@ -77,6 +79,8 @@ def open_objective(
             assert reward_folder is not None  # whoever reads the pipeline file gives it with this objective
             judge, inside = judge_of(reward_folder), config.adapter.kind == "lora"
             objective = Ppo(folder, held_in(config), config.objective, judge, inside)
+        case SpeechRecognitionObjective():
+            objective = SpeechRecognition(folder, config, rows)
         case _:
             objective = _encoder(config, rows, folder)
     choose_attention(objective, config.max_length)
