@@ -85,7 +85,7 @@ def recordings() -> list[Expectation]:
         Expectation(
             _BETWEEN,
             {"column": "characters_per_second", "max_value": _MAX_CHARACTERS_PER_SECOND, "mostly": MOSTLY},
-            f"nobody says more than {_MAX_CHARACTERS_PER_SECOND} characters a second: such a transcript is of another "
+            f"nobody says more than {_MAX_CHARACTERS_PER_SECOND} characters a second: that is of another "
             "recording",
             show=("audio", "seconds", "text"),
         ),

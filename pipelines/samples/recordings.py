@@ -1,4 +1,4 @@
-"""Recorded digits joined to numbers of one to three: small data on which a model of speech can be tried."""
+"""Recorded digits joined to numbers of one or two: small data on which a model of speech can be tried."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from components.shared.errors import TuneyardError
 from pipelines.samples.catalogue import SpokenDigits
 
 _NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
-_MOST_DIGITS = 3
+_MOST_DIGITS = 2
 _RATE = 8000
 # Seconds between words, and before the first and after the last.
 _PAUSE = (0.03, 0.2)

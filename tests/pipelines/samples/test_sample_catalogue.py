@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import io
+import json
 import re
+import wave
 from pathlib import Path, PurePosixPath
 
 import pytest
@@ -10,9 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from components.shared import sounds
 from components.shared.errors import TuneyardError
 from components.shared.s3 import is_data_object
-from pipelines.samples import catalogue
+from pipelines.samples import catalogue, recordings
 from pipelines.samples.catalogue import Gguf, OrangeTab, covering, load
 from pipelines.samples.making import files_of
 
@@ -31,6 +35,8 @@ def test_the_promised_samples_are_there() -> None:
         "s3://models/all-minilm-l6-v2/",
         "s3://corpora/images/digits/",
         "s3://models/resnet-small-untrained/",
+        "s3://corpora/speech/digits/",
+        "s3://models/whisper-small-untrained/",
     }
 
 
@@ -89,6 +95,41 @@ def test_what_is_made_here_is_made_the_same_twice(uri: str, tmp_path: Path) -> N
     with pytest.raises(TuneyardError, match=r"came out|ended with code"):
         (tmp_path / "three").mkdir()
         files_of(sample.model_copy(update={"convert": wrong}), [], tmp_path / "three")
+
+
+def test_a_whisper_is_made_the_same_twice_and_hears(tmp_path: Path) -> None:
+    (sample,) = covering("s3://models/whisper-small-untrained/")
+    found = []
+    for attempt in ("one", "two"):
+        (tmp_path / attempt).mkdir()
+        found.append(files_of(sample, [], tmp_path / attempt))
+    assert sum(path.stat().st_size for path in found[0].iterdir()) == sample.size
+    one, two = ((out / "model.safetensors").read_bytes() for out in found)
+    assert one == two
+    assert sounds.window_seconds(sounds.open_processor(found[0])) == 2.0
+
+
+def test_recorded_digits_are_joined_as_their_transcripts_say(put_wheel, shelf: Path, tmp_path: Path) -> None:
+    words = {n: bytes([128 + 10 * (n + 1)] * (400 + n)) for n in range(10)}
+    content = {}
+    for n, body in words.items():
+        stream = io.BytesIO()
+        with wave.open(stream, "wb") as file:
+            file.setparams((1, 1, 8000, len(body), "NONE", ""))
+            file.writeframes(body)
+        content[f"data/{n}.wav"] = stream.getvalue()
+    package = put_wheel("digits", content, {name: name.removeprefix("data/") for name in content})
+    (sample,) = covering("s3://corpora/speech/digits/")
+    by = sample.convert.model_copy(update={"recordings": 40})
+    few = sample.model_copy(update={"packages": (package,), "convert": by})
+    out = files_of(few, [shelf / package.file], tmp_path)
+    rows = [json.loads(line) for line in (out / "transcripts.jsonl").read_text().splitlines()]
+    assert len(rows) == 40 and {len(row["text"].split()) for row in rows} == {1, 2}
+    for row in rows:
+        samples, rate, _ = sounds.decode(out / row["audio"])
+        # Louder than any noise of the line for as long as its words are.
+        expected = sum(400 + recordings._NAMES.index(word) for word in row["text"].split())
+        assert rate == 8000 and abs(int((samples > 0.03).sum()) - expected) <= 0.2 * expected
 
 
 def test_a_sample_without_packages_is_one_that_is_made_here() -> None:
