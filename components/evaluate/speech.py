@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import time
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from components.evaluate import resources, speech_metrics
@@ -16,6 +17,7 @@ from components.shared.encoded import Encoded
 from components.shared.modelcard import ModelCard
 from components.shared.progress import Progress
 from components.shared.stage import Artifact, Context
+from components.shared.store import Store
 
 _TIMED_SINGLY = 12
 # A model that goes on and on is stopped; nobody says twice as much as the longest reference.
@@ -47,7 +49,6 @@ def take(
         TuneyardError: speech is no longer prepared as in the training, or the base has changed.
     """
     import torch
-    from transformers import AutoModelForSpeechSeq2Seq
 
     folder, part = inputs["model"].path, Part({})
     card, processor = ModelCard.read(folder), sounds.open_processor(folder)
@@ -57,18 +58,10 @@ def take(
     size, every = config.per_device_batch_size, range(len(tests))
     batches = share.take([every[a : a + size] for a in range(0, len(tests), size)])
 
-    def opened(name: str) -> Any:
-        if name == "tuned":
-            return opening.tuned(folder, context.store, AutoModelForSpeechSeq2Seq)
-        kept = card.base_model.folder(context.store)
-        return AutoModelForSpeechSeq2Seq.from_pretrained(
-            kept, dtype=torch.float32, local_files_only=True, use_safetensors=True
-        ).eval()
-
     for name in ("base", "tuned"):
         progress = Progress(share.label(f"{name}: recordings"), sum(map(len, batches)), "recordings")
         with resources.peak_memory() as memory:
-            model = opened(name).to(causal.device())
+            model = _opened(name, folder, card, context.store).to(causal.device())
             most = _most(model, processor, references)
             hear = _hearing(model, processor, tests, references, most)
             costs = _put(name, hear, most, batches, tests, part, share.measures, progress)
@@ -78,6 +71,18 @@ def take(
             part.measured[name] = costs | {"memory_gib": memory["gib"]}
     part.measured["machine"] = {"threads": int(torch.get_num_threads())}
     return part
+
+
+def _opened(name: str, folder: Path, card: ModelCard, store: Store) -> Any:
+    """The tuned model of a folder, or its base."""
+    import torch
+    from transformers import AutoModelForSpeechSeq2Seq
+
+    if name == "tuned":
+        return opening.tuned(folder, store, AutoModelForSpeechSeq2Seq)
+    return AutoModelForSpeechSeq2Seq.from_pretrained(
+        card.base_model.folder(store), dtype=torch.float32, local_files_only=True, use_safetensors=True
+    ).eval()
 
 
 def _most(model: Any, processor: Any, references: Sequence[Encoded]) -> int:
@@ -180,23 +185,29 @@ def judge(
         kept = [[int(token) for token in row if token != _NO_TOKEN] for row in table]
         written[name] = [tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in kept]
         found = speech_metrics.score(said, written[name])
-        wrong = found.pop("wrong_words")
+        wrong = found.pop("wrong_words")  # of the tuned model in the end, which comes last
         nats = float(joined(parts, f"{name}/nats").sum())
         systems[name] = {"about": about, **found, "loss": nats / tokens, **parts[0].measured[name]}
-    answers = [
+    facts = {
+        "latency": "of one recording alone, its features and the loss of its reference included",
+        "threads": parts[0].measured["machine"]["threads"],
+        "prefix": tokenizer.convert_ids_to_tokens(tokenizer.prefix_tokens),
+    }
+    return Findings(systems, "tuned", _rows(tests, written, wrong), facts)
+
+
+def _rows(
+    tests: Sequence[Mapping[str, Any]], written: Mapping[str, Sequence[str]], wrong: Sequence[int]
+) -> list[dict[str, Any]]:
+    """What each system wrote of each recording; `wrong` words of the tuned one."""
+    return [
         {
             "id": row["id"],
             "origin": row["origin"],
             "prompt": f"{row['origin']['file']}:{row['origin']['line']}",
             "reference": row["text"],
             **{name: texts[index] for name, texts in written.items()},
-            "off_by": wrong[index],  # of the tuned model, which comes last
+            "off_by": wrong[index],
         }
         for index, row in enumerate(tests)
     ]
-    facts = {
-        "latency": "of one recording alone, its features and the loss of its reference included",
-        "threads": parts[0].measured["machine"]["threads"],
-        "prefix": tokenizer.convert_ids_to_tokens(tokenizer.prefix_tokens),
-    }
-    return Findings(systems, "tuned", answers, facts)

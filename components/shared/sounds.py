@@ -7,6 +7,7 @@ import io
 import math
 import wave
 from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -122,9 +123,12 @@ def window_seconds(processor: Any) -> float:
 
 def features(processor: Any, recordings: Sequence[Any]) -> Any:
     """Recordings at the extractor's rate as log-mel features, float32 [recordings, bands, frames]."""
-    extractor = processor.feature_extractor
-    found = extractor(list(recordings), sampling_rate=extractor.sampling_rate, return_tensors="np")
-    return found["input_features"]
+    extractor, rate = processor.feature_extractor, processor.feature_extractor.sampling_rate
+    # Extractors compute with PyTorch, and what training computes in (bfloat16, or a dry run's tensors without
+    # numbers) holds for its thread alone: features are made in another, as they are in service.
+    with ThreadPoolExecutor(1) as apart:
+        made = apart.submit(extractor, list(recordings), sampling_rate=rate, return_tensors="np")
+    return made.result()["input_features"]
 
 
 def refuse_long(rows: Iterable[Mapping[str, Any]], processor: Any, side: str) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import random
 from typing import Any
 
-from components.train.objectives.config import ImageAugmentation
+from components.train.objectives.media_config import ImageAugmentation
 
 
 def augmented(image: Any, how: ImageAugmentation, draw: random.Random) -> Any:

@@ -15,7 +15,7 @@ from components.train.config import TrainConfig
 from components.train.objectives.augmenting import augmented
 from components.train.objectives.base import Arithmetic, Objective, base_settings
 from components.train.objectives.classification import class_weights, labels_of
-from components.train.objectives.config import ImageClassificationObjective
+from components.train.objectives.media_config import ImageClassificationObjective
 from components.train.ranks import Ranks
 
 log = logging.getLogger("tuneyard.train")

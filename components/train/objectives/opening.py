@@ -14,7 +14,6 @@ from components.train.objectives.config import (
     ClassificationObjective,
     ContrastiveObjective,
     DpoObjective,
-    ImageClassificationObjective,
     LanguageModelingObjective,
     MaskedLanguageModelingObjective,
     MultiTaskObjective,
@@ -23,7 +22,6 @@ from components.train.objectives.config import (
     RewardObjective,
     Seq2SeqObjective,
     SftObjective,
-    SpeechRecognitionObjective,
     TokenClassificationObjective,
 )
 from components.train.objectives.contrastive import Contrastive
@@ -31,6 +29,7 @@ from components.train.objectives.dpo import Dpo
 from components.train.objectives.image_classification import ImageClassification
 from components.train.objectives.language_modeling import LanguageModeling
 from components.train.objectives.masked_language_modeling import MaskedLanguageModeling
+from components.train.objectives.media_config import ImageClassificationObjective, SpeechRecognitionObjective
 from components.train.objectives.multi_task import MultiTask, heads_of
 from components.train.objectives.pairs import refuse_without_scores
 from components.train.objectives.ppo import Ppo, judge_of

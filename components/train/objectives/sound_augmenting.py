@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from components.train.objectives.config import SpeechAugmentation
+from components.train.objectives.media_config import SpeechAugmentation
 
 # Of the stretching: 32 ms at 16 kHz, a quarter of it from one to the next.
 _WINDOW_SECONDS = 0.032

@@ -13,7 +13,7 @@ from components.shared.errors import TuneyardError
 from components.shared.tasks import Task
 from components.train.config import TrainConfig
 from components.train.objectives.base import Arithmetic, Objective, base_settings
-from components.train.objectives.config import SpeechRecognitionObjective
+from components.train.objectives.media_config import SpeechRecognitionObjective
 from components.train.objectives.sound_augmenting import augmented, masked
 from components.train.ranks import Ranks
 
@@ -46,13 +46,18 @@ class SpeechRecognition(Objective):
         self._probe = sounds.probe(self.tokenizer)
 
     def _set_language(self, language: str | None) -> None:
+        from transformers.models.whisper.tokenization_whisper import TO_LANGUAGE_CODE
+
         tokenizer = self.tokenizer.tokenizer
         if language is None:
             return
         try:
             tokenizer.set_prefix_tokens(language=language, task="transcribe", predict_timestamps=False)
-            unknown = tokenizer.unk_token_id in tokenizer.prefix_tokens
-        except ValueError:
+            # The tokenizer counts to where the token should be, and a base may have fewer languages.
+            named = tokenizer.convert_ids_to_tokens(tokenizer.prefix_tokens)[1]
+            code = language.lower()
+            unknown = named not in (f"<|{code}|>", f"<|{TO_LANGUAGE_CODE.get(code)}|>")
+        except (ValueError, IndexError):
             unknown = True
         if unknown:
             raise TuneyardError(

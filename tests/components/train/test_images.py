@@ -33,7 +33,7 @@ from components.train.config import TrainConfig
 from components.train.fit import fit
 from components.train.footprint import predict
 from components.train.objectives.augmenting import augmented
-from components.train.objectives.config import ImageAugmentation
+from components.train.objectives.media_config import ImageAugmentation
 from components.train.objectives.opening import open_objective
 from components.train.train import train
 from tests.tiny import tiny_resnet, tiny_vit
