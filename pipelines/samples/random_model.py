@@ -50,7 +50,6 @@ def _resnet(config: Mapping[str, Any], processor: Mapping[str, Any], out: Path) 
 
 def whisper(config: Mapping[str, Any], processor: Mapping[str, Any], out: Path) -> Any:
     """A Whisper whose tokens are bytes, so that it can write any language."""
-    from tokenizers import pre_tokenizers
     from transformers import (
         GenerationConfig,
         WhisperConfig,
@@ -59,10 +58,11 @@ def whisper(config: Mapping[str, Any], processor: Mapping[str, Any], out: Path) 
         WhisperProcessor,
         WhisperTokenizer,
     )
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
 
     special = ["<|endoftext|>", "<|startoftranscript|>", "<|en|>", "<|zh|>"]
     special += ["<|translate|>", "<|transcribe|>", "<|notimestamps|>"]
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    alphabet = sorted(bytes_to_unicode().values())
     vocabulary = {token: number for number, token in enumerate([*alphabet, *special])}
     tokenizer = WhisperTokenizer(vocab=vocabulary, merges=[], language="en", task="transcribe")
     tokenizer.add_special_tokens({"additional_special_tokens": special[1:]})
