@@ -78,13 +78,18 @@ def base_of(config: TrainConfig, store: Store, scratch: Path) -> Base:
     return Base(scratch, weights)
 
 
-def examples_to_size(spec: PipelineSpec, store: Store) -> tuple[list[dict[str, Any]], int]:
+def examples_to_size(spec: PipelineSpec, store: Store, scratch: Path) -> tuple[list[dict[str, Any]], int]:
     """Some thousand examples of the corpus, and how many of all will be trained on.
+
+    Args:
+        spec: the pipeline.
+        store: gives the S3 client.
+        scratch: a folder for the files that examples name.
 
     Raises:
         TuneyardError: the corpus cannot be read.
     """
-    found = (row for row in examples_of(spec.ingest, store) if row["origin"]["part"] == "main")
+    found = (row for row in examples_of(spec.ingest, store, scratch) if row["origin"]["part"] == "main")
     rows = [{**row, "id": str(number)} for number, row in enumerate(itertools.islice(found, _READ))]
     if not rows:
         raise TuneyardError(
@@ -213,7 +218,7 @@ def advise(
     limit, of = limit_gib(spec, gpu, target, available_gib)
     with tempfile.TemporaryDirectory(prefix="tuneyard-advise-") as scratch:
         base = base_of(spec.train, store, Path(scratch))
-        rows, counted = examples_to_size(spec, store)
+        rows, counted = examples_to_size(spec, store, Path(scratch) / "corpus")
         at_once = sizing.at_once(spec.train)
         needs = footprint.predict(sizing.heaviest(spec.train), base.folder, rows, base.file_bytes)
         one = needs.peak_bytes if gpu else needs.process_bytes

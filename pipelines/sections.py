@@ -10,6 +10,7 @@ from components.register.config import BETTER
 from components.shared import examples, tasks
 from components.split.config import SplitConfig
 from components.train.adapters.config import KINDS as ADAPTERS
+from components.train.config import TrainConfig
 from components.train.search import space
 
 # Tasks whose models evaluate opens with an adapter beside their base.
@@ -43,6 +44,7 @@ def misfits(raw: Mapping[str, Any]) -> Iterator[tuple[tuple[str, ...], str]]:
     if trait is None:
         return
     yield from _not_yet(raw, trait.task)
+    yield from _of_media(raw, trait)
     given = ingest.get("format")
     if given in examples.REQUIRED and given not in trait.formats:
         objective = train["objective"]
@@ -133,6 +135,23 @@ def _not_yet(raw: Mapping[str, Any], task: tasks.Task) -> Iterator[tuple[tuple[s
     if _has(raw, "deploy") and task not in tasks.SERVED:
         what = f"the model server does not serve {task} models; drop this section, and register it"
         yield ("deploy",), what
+
+
+def _of_media(raw: Mapping[str, Any], trait: tasks.Trait) -> Iterator[tuple[tuple[str, ...], str]]:
+    """Settings that mean something to text alone, or to images alone."""
+    train = _section(raw, "train")
+    if _section(raw, "evaluate").get("positive_label") is not None and trait.task != "image-classification":
+        yield ("evaluate", "positive_label"), f"belongs to image-classification (this is {trait.task})"
+    if examples.media_field(trait.formats[0]) is None:
+        return
+    if train.get("retain"):
+        yield ("train", "retain"), f"a retention set holds no files yet, as {trait.formats[0]} data does"
+    if trait.task != "image-classification":
+        return
+    for name in ("max_length", "over_length", "max_over_length"):
+        usual = TrainConfig.model_fields[name].default
+        if train.get(name, usual) != usual:
+            yield ("train", name), "an image is never too long: the base's own settings say how it is resized"
 
 
 def _dead_settings(train: Mapping[str, Any]) -> Iterator[tuple[tuple[str, ...], str]]:

@@ -60,6 +60,27 @@ def score(truth: Sequence[int], scores: Any, labels: Sequence[str]) -> dict[str,
     }
 
 
+def of_two(truth: Sequence[int], scores: Any, positive: int) -> dict[str, Any]:
+    """Sensitivity and specificity (Altman and Bland 1994, BMJ 308:1552) where there are two classes.
+
+    Args:
+        truth: class index of each.
+        scores: probabilities [examples, 2].
+        positive: index of the class that is looked for.
+
+    Returns:
+        `sensitivity` and `specificity`, None where test lacks that class.
+    """
+    import numpy as np
+
+    looked_for = np.asarray(truth) == positive
+    said = scores.argmax(axis=1) == positive
+    return {
+        "sensitivity": float(said[looked_for].mean()) if looked_for.any() else None,
+        "specificity": float(1 - said[~looked_for].mean()) if (~looked_for).any() else None,
+    }
+
+
 def _auc(is_class: Any, scores: Any) -> float | None:
     from sklearn.metrics import roc_auc_score
 

@@ -94,6 +94,26 @@ METRICS: dict[str, tuple[str, ...]] = {
         "retention_loss_increase",
     ),
     "embedding": ("recall_at_1", "recall_at_10", "mrr", *_COSTS, "retention_loss_increase"),
+    "image-classification": (
+        "accuracy",
+        "macro_f1",
+        "auc",
+        "sensitivity",
+        "specificity",
+        "latency_p50_ms",
+        "latency_p95_ms",
+        "images_per_second",
+        "memory_gib",
+    ),
+    "speech-recognition": (
+        "wer",
+        "cer",
+        "loss",
+        "latency_p50_ms",
+        "latency_p95_ms",
+        "audio_seconds_per_second",
+        "memory_gib",
+    ),
     "multi-task": ("mean_score", "worst_score", *_COSTS, "retention_loss_increase"),
 }
 
@@ -126,6 +146,8 @@ class EvaluateConfig(Settings):
         max_generated: how many test examples are answered in full (for exact match, ROUGE-L and BLEU); loss
             is always over all. They are the first by example id, so the same ones in each run.
         max_new_tokens: longest answer in tokens; None: the longest reference, in tokens, up to 512.
+        positive_label: of two classes of images the one that is looked for: sensitivity is the share of it
+            that is found, specificity that of the other; None: the rarer one in train.
         per_device_batch_size: texts or prompts in one forward pass. On a CPU, the next token of 32 prompts
             takes no longer than that of 16: it waits for the weights either way.
     """
@@ -133,6 +155,7 @@ class EvaluateConfig(Settings):
     gates: dict[str, Bound] = Field(default_factory=dict)
     max_generated: int = Field(32, ge=1)
     max_new_tokens: int | None = Field(None, ge=1)
+    positive_label: str | None = None
     per_device_batch_size: int = Field(32, ge=1)
 
     @model_validator(mode="after")

@@ -15,6 +15,7 @@ from components.evaluate import (
     classes,
     documents,
     gates,
+    image_classes,
     masked,
     page,
     preferences,
@@ -25,11 +26,12 @@ from components.evaluate import (
     seq2seq,
     several,
     spans,
+    speech,
 )
 from components.evaluate.config import EvaluateConfig
 from components.evaluate.findings import Findings, flat, numbers
 from components.evaluate.slices import keeping
-from components.shared import examples, jsonl
+from components.shared import examples, jsonl, media
 from components.shared.errors import TuneyardError
 from components.shared.modelcard import ModelCard
 from components.shared.stage import Artifact, Context, Result
@@ -121,6 +123,10 @@ def task_of(inputs: Mapping[str, Artifact], config: EvaluateConfig) -> Any:
             return retrieval
         case "multi-task", _:
             return several
+        case "image-classification", _:
+            return image_classes
+        case "speech-recognition", _:
+            return speech
         case "reward", _:
             return reward_pairs
 
@@ -139,17 +145,18 @@ def read_tests(inputs: Mapping[str, Artifact]) -> list[dict[str, Any]]:
     Raises:
         TuneyardError: there is none, or some are in train too.
     """
-    test, train = (inputs[name].path / "examples.jsonl" for name in ("test", "train"))
-    tests = sorted(jsonl.read(test), key=lambda row: row["id"])
+    train = inputs["train"].path / "examples.jsonl"
+    tests = sorted(media.read(inputs["test"].path), key=lambda row: row["id"])
     if not tests:
         raise TuneyardError(
             "test holds no example", "give the corpus more rows, or split.ratios a larger test share"
         )
-    ids = {row["id"]: row.get("origin") for row in tests}
-    leaked = [row for row in jsonl.read(train) if row["id"] in ids]
+    seen = {examples.likeness(row): row.get("origin") for row in tests}
+    leaked = [row for row in jsonl.read(train) if examples.likeness(row) in seen]
     if leaked:
         shown = "; ".join(
-            f"{row['id'][:12]} (test {_where(ids[row['id']])}, train {_where(row.get('origin'))})"
+            f"{row['id'][:12]} (test {_where(seen[examples.likeness(row)])}, "
+            f"train {_where(row.get('origin'))})"
             for row in leaked[:_SHOWN_LEAKS]
         )
         raise TuneyardError(

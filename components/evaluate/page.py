@@ -36,6 +36,10 @@ _METRICS: dict[str, tuple[str, str, int]] = {
     "accuracy": ("Accuracy", "{:.2%}", 1),
     "macro_f1": ("Macro F1", "{:.3f}", 1),
     "auc": ("AUC, one against the rest", "{:.4f}", 1),
+    "sensitivity": ("Sensitivity, found of those looked for", "{:.1%}", 1),
+    "specificity": ("Specificity, right of the others", "{:.1%}", 1),
+    "wer": ("Words wrong, of those spoken", "{:.1%}", -1),
+    "cer": ("Characters wrong, of those spoken", "{:.1%}", -1),
     "mae": ("Mean absolute error", "{:,.4g}", -1),
     "rmse": ("Root mean squared error", "{:,.4g}", -1),
     "r2": ("R², variance explained", "{:.3f}", 1),
@@ -60,11 +64,13 @@ _METRICS: dict[str, tuple[str, str, int]] = {
     "latency_p95_ms": ("Latency, 95th percentile, ms", "{:,.1f}", -1),
     "tokens_per_second": ("Tokens per second", "{:,.1f}", 1),
     "texts_per_second": ("Texts per second", "{:,.0f}", 1),
+    "images_per_second": ("Images per second", "{:,.0f}", 1),
+    "audio_seconds_per_second": ("Seconds of speech per second", "{:,.1f}", 1),
     "memory_gib": ("Peak memory, GiB", "{:.2f}", -1),
 }
 _ORDER = (
     *("base", "tuned", "compressed", "teacher", "tfidf_logreg", "likelier", "longer"),
-    *("tfidf_ridge", "tfidf", "dictionary", "train_mean", "commonest"),
+    *("tfidf_ridge", "tfidf", "dictionary", "train_mean", "pixels_logreg", "commonest"),
 )
 
 

@@ -58,7 +58,8 @@ class IngestConfig(Settings):
 
     Args:
         source: s3:// prefix, local path or glob, or Hugging Face data set id (its train split, where there is
-            one).
+            one). Of pictures a folder or prefix: with a folder for each class, or with a list (JSONL, CSV,
+            Parquet) whose rows name files below its own folder or hold their bytes.
         test_source: the source's own test split, if any; a pipeline file says `split.test_source`.
         domain: see Domain; null for none.
         format: dataset type; inferred from `columns` or the objective when absent.
@@ -95,6 +96,17 @@ class IngestConfig(Settings):
             revision=self.revision,
             normalise=self.normalise,
         )
+
+    @model_validator(mode="after")
+    def _files_in_sight(self) -> IngestConfig:
+        """A list of files is named by its folder: what is in the files decides whether a stage runs again."""
+        lists = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".gz", ".zst")
+        narrow = [u for u in self.external_uris() if u.endswith(lists) or any(c in u for c in "*?[")]
+        if narrow and examples.media_field(self.format):
+            raise ValueError(
+                f"source: {self.format} data needs the folder that its files lie in (it is {narrow[0]!r})"
+            )
+        return self
 
     @model_validator(mode="after")
     def _known_fields(self) -> IngestConfig:

@@ -13,11 +13,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from components.ingest import media
 from components.ingest.config import IngestConfig
 from components.ingest.fields import decided, field_value
-from components.ingest.reading import Fault, data_suffix, read
+from components.ingest.reading import Fault, Rows, data_suffix, read
 from components.shared import digest, examples, jsonl, sources
 from components.shared.errors import StageStopped, TuneyardError
+from components.shared.media import rooted
 from components.shared.progress import Progress
 from components.shared.stage import Artifact, Context, Result
 from components.shared.store import Store
@@ -28,8 +30,16 @@ log = logging.getLogger("tuneyard.ingest")
 _SPLIT = re.compile(r"(?<![a-z])(train|test)(?:ing)?(?![a-z])")
 
 
-def to_example(row: Mapping[str, Any], config: IngestConfig) -> dict[str, Any] | Fault:
-    """A row of the source as an example without origin, or why it cannot be one."""
+def to_example(
+    row: Mapping[str, Any], config: IngestConfig, shelf: media.Shelf | None = None
+) -> dict[str, Any] | Fault:
+    """A row of the source as an example without origin, or why it cannot be one.
+
+    Args:
+        row: of the source.
+        config: settings.
+        shelf: where the file that it names goes; needed where the dataset type has one.
+    """
     if config.winner is not None:
         found = decided(row, config.winner)
         if isinstance(found, Fault):
@@ -50,6 +60,13 @@ def to_example(row: Mapping[str, Any], config: IngestConfig) -> dict[str, Any] |
             )
         if optional and row[column] in (None, ""):
             continue
+        if name == examples.media_field(config.format):
+            assert shelf is not None  # whoever reads such a dataset type gives one
+            found = shelf.take(name, row[column])
+            if isinstance(found, Fault):
+                return found
+            example |= found
+            continue
         before, after = field_value(row[column], name, config.normalise, example, original)
         if isinstance(after, Fault):
             return after
@@ -58,7 +75,14 @@ def to_example(row: Mapping[str, Any], config: IngestConfig) -> dict[str, Any] |
         example[name] = after
         if after != before:
             original[name] = before
-    example_id = hashlib.sha256(digest.canonical(example)).hexdigest()
+    return _identified(example, original, row, config)
+
+
+def _identified(
+    example: dict[str, Any], original: dict[str, Any], row: Mapping[str, Any], config: IngestConfig
+) -> dict[str, Any]:
+    """An example with its id, the columns that are kept, and its fields as they were."""
+    example_id = hashlib.sha256(digest.canonical(media.identity(example, config.format))).hexdigest()
     extra = {column: row.get(column) for column in config.keep}
     return (
         {**example, "id": example_id}
@@ -80,14 +104,17 @@ def _files(uri: str, part: str, config: IngestConfig, store: Store) -> list[tupl
     else:
         named = [(str(p), p) for p in sources.local_files(uri)]
     data = [(name, path) for name, path in named if data_suffix(path)]
-    skipped = [name for name, path in named if not data_suffix(path)]
-    if not data:
+    field = examples.media_field(config.format)
+    pictures = [(name, path) for name, path in named if field and media.is_media(path, field)]
+    known = {name for name, _ in [*data, *pictures]}
+    skipped = [name for name, _ in named if name not in known]
+    if not data and not pictures:
         raise TuneyardError(
             f"{uri}: no data file among {skipped[:5]}", "it reads .jsonl, .csv, .tsv and .parquet files"
         )
     for name in skipped:
         log.info("ingest: %s is no data file, left out", name)
-    return data
+    return data or pictures
 
 
 def _hub_files(uri: str, part: str, revision: str) -> list[tuple[str, Path]]:
@@ -130,8 +157,18 @@ def _rows(config: IngestConfig, store: Store) -> Iterator[tuple[str, str, int, d
     """(part, file, line, row or fault) over the main source, then the test source."""
     for part, uri in (("main", config.source), ("test", config.test_source)):
         for name, path in _files(uri, part, config, store) if uri else []:
-            for line, row in read(path):
+            for line, row in _rows_of(name, path, uri or "", config):
                 yield part, name, line, row
+
+
+def _rows_of(name: str, path: Path, source: str, config: IngestConfig) -> Rows:
+    """The rows of a file; a picture that no list names is one itself."""
+    field = examples.media_field(config.format)
+    if field is None:
+        return read(path)
+    if not data_suffix(path):
+        return media.by_folder(name, path, source, config)
+    return media.located(read(path), config.columns.get(field) or field, path.parent)
 
 
 def _page(summary: Mapping[str, Any]) -> str:
@@ -177,14 +214,15 @@ class _Account:
 
 
 def _kept(
-    config: IngestConfig, store: Store, account: _Account, domain: bool = False
+    config: IngestConfig, store: Store, account: _Account, folder: Path, domain: bool = False
 ) -> Iterator[dict[str, Any]]:
-    """The examples of a source, or of domain text, while the account takes note of every row."""
+    """The examples of a source, files below `folder`, or of domain text; the account notes every row."""
+    shelf = media.Shelf(folder)
     progress = Progress("ingest", 0, "rows")
     for part, file, line, row in _rows(config, store):
         progress.advance()
         part = "domain" if domain else part
-        example = row if isinstance(row, Fault) else to_example(row, config)
+        example = row if isinstance(row, Fault) else to_example(row, config, shelf)
         if isinstance(example, Fault):
             account.refuse(part, file, line, example, row)
             continue
@@ -196,7 +234,7 @@ def _kept(
 def _write(config: IngestConfig, path: Path, store: Store, account: _Account, domain: bool = False) -> None:
     """Write the examples of a source, or of domain text; stop where there is not one."""
     before = len(account.quarantine)
-    if jsonl.write(path, _kept(config, store, account, domain)):
+    if jsonl.write(path, _kept(config, store, account, path.parent, domain)):
         return
     refused = account.quarantine[before:]
     nothing = {"file": config.source, "line": 0, "reason": "no rows", "detail": ""}
@@ -208,9 +246,12 @@ def _write(config: IngestConfig, path: Path, store: Store, account: _Account, do
     )
 
 
-def examples_of(config: IngestConfig, store: Store) -> Iterator[dict[str, Any]]:
-    """The examples that the stage would make, one at a time; rows that cannot be one are passed over."""
-    return _kept(config, store, _Account())
+def examples_of(config: IngestConfig, store: Store, folder: Path) -> Iterator[dict[str, Any]]:
+    """The examples that the stage would make, one at a time; rows that cannot be one are passed over.
+
+    The files that they name, with paths of this machine, are put below `folder`.
+    """
+    return rooted(_kept(config, store, _Account(), folder), folder)
 
 
 def ingest(config: IngestConfig, inputs: Mapping[str, Artifact], context: Context) -> Result:

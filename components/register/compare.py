@@ -20,6 +20,10 @@ _OVER_ALL_EXAMPLES = {
     "accuracy",
     "macro_f1",
     "auc",
+    "sensitivity",
+    "specificity",
+    "wer",
+    "cer",
     "pair_accuracy",
     "pair_margin_nats",
 }
@@ -31,6 +35,7 @@ _USUAL = {
     "token-classification": "entity_f1",
     "embedding": "mrr",
     "multi-task": "mean_score",
+    "speech-recognition": "wer",
 }
 _BY_REWARD_MODEL = {"reward", "reward_gain", "win_rate"}
 _BY_TOKEN = {"loss", "perplexity", "loss_reduction", "masked_accuracy"}

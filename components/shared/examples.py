@@ -1,9 +1,9 @@
 """The dataset types: which fields an example of each has.
 
 An example on disk is a JSON object: the fields below, `id` (hex sha256 of the fields, so equal content has
-equal ids), `origin` ({file, line, part}: where it was read; part is `main`, `test` or
-`domain`), `extra` (columns kept
-beside, e.g. for grouping) and `original` (fields as they were before normalisation, where that changed them).
+equal ids; a file counts by what it decodes to), `origin` ({file, line, part}: where it was read; part is
+`main`, `test` or `domain`), `extra` (columns kept beside, e.g. for grouping) and `original` (fields as they
+were before normalisation, where that changed them).
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ DatasetType = Literal[
     "tagged-text",
     "text-pair",
     "task-text",
+    "labelled-image",
+    "transcribed-audio",
 ]
 
 REQUIRED: dict[str, tuple[str, ...]] = {
@@ -38,6 +40,8 @@ REQUIRED: dict[str, tuple[str, ...]] = {
     "tagged-text": ("text", "entities"),
     "text-pair": ("anchor", "positive"),
     "task-text": ("task", "text", "label"),
+    "labelled-image": ("image", "label"),
+    "transcribed-audio": ("audio", "text"),
 }
 OPTIONAL: dict[str, tuple[str, ...]] = {
     "prompt-completion": ("system", "reasoning"),
@@ -47,13 +51,21 @@ OPTIONAL: dict[str, tuple[str, ...]] = {
     "text-pair": ("negative",),
 }
 # What a field holds; text where it is not named here.
-NOT_TEXT: dict[str, Literal["messages", "tools", "number", "spans"]] = {
+NOT_TEXT: dict[str, Literal["messages", "tools", "number", "spans", "media"]] = {
     "messages": "messages",
     "tools": "tools",
     "score": "number",
     "chosen_score": "number",
     "rejected_score": "number",
     "entities": "spans",
+    "image": "media",
+    "audio": "media",
+}
+# What ingest measures of a media file and writes beside its field. The first says what is in the file when it
+# is decoded, as sha256: two examples that share it show a model the same, whatever their bytes are.
+MEASURED: dict[str, tuple[str, ...]] = {
+    "labelled-image": ("pixels", "width", "height", "channels", "spread"),
+    "transcribed-audio": ("samples", "seconds", "sample_rate", "channels", "level_db"),
 }
 
 
@@ -65,6 +77,17 @@ def fields(dataset_type: str) -> tuple[str, ...]:
 def content(example: Mapping[str, Any]) -> dict[str, Any]:
     """The fields of an example, without id, origin, extra and original."""
     return {k: v for k, v in example.items() if k not in ("id", "origin", "extra", "original")}
+
+
+def media_field(dataset_type: str) -> str | None:
+    """The field of a dataset type that names a file; None where all is in the row."""
+    return next((name for name in REQUIRED[dataset_type] if NOT_TEXT.get(name) == "media"), None)
+
+
+def likeness(example: Mapping[str, Any]) -> str:
+    """What examples share that must stand on one side: of media what is in the file, else the id."""
+    decoded = [example[names[0]] for names in MEASURED.values() if names[0] in example]
+    return decoded[0] if decoded else example["id"]
 
 
 def kind(example: Mapping[str, Any]) -> str:

@@ -92,6 +92,8 @@ class ModelCard(BaseModel):
         task_in_text: whether a multi-task model reads the name of the task before the text (heads.asked).
         max_length_tokens: longer inputs are cut (and counted) before the model sees them.
         template_probe: chat.probe of the tokenizer; None for classification.
+        preprocess_probe: what the processor of a model of images makes of a test picture, of speech of a tone
+            and a text; None for others.
         trainable_weights: how many weights training moved.
         total_weights: how many there are.
         chosen: settings of train that a search chose, by name; empty without one.
@@ -114,6 +116,7 @@ class ModelCard(BaseModel):
     task_in_text: bool = False
     max_length_tokens: int
     template_probe: dict[str, Any] | None = None
+    preprocess_probe: dict[str, Any] | None = None
     trainable_weights: int
     total_weights: int
     chosen: dict[str, Any] = {}

@@ -21,6 +21,8 @@ Task = Literal[
     "embedding",
     "multi-task",
     "reward",
+    "image-classification",
+    "speech-recognition",
 ]
 ObjectiveKind = Literal[
     "sft",
@@ -39,6 +41,8 @@ ObjectiveKind = Literal[
     "rloo",
     "distillation",
     "classification-distillation",
+    "image-classification",
+    "speech-recognition",
 ]
 # Their model answers prompts while it learns.
 ANSWERING = ("ppo", "grpo", "rloo")
@@ -101,6 +105,8 @@ OBJECTIVES: dict[str, Trait] = {
     "classification-distillation": Trait(
         "classification", ("labelled-text",), stratify_by="label", smooths=False
     ),
+    "image-classification": Trait("image-classification", ("labelled-image",), stratify_by="label"),
+    "speech-recognition": Trait("speech-recognition", ("transcribed-audio",)),
 }
 
 

@@ -1,7 +1,8 @@
 """Split: every example gets a side that depends on nothing but itself.
 
 A side is a threshold on a hash of the example's content, or of its group: so an example keeps its side when
-rows are added, and exact duplicates, having equal hashes, share one. The price is that a side's share, of the
+rows are added, and exact duplicates, having equal hashes, share one (pictures that decode to the same pixels
+too, whatever their labels). The price is that a side's share, of the
 whole and of each stratum, is right only in expectation and by the law of large numbers; what came out is
 measured and gated, not assumed (docs/decisions/0002-a-side-is-a-hash.md).
 """
@@ -16,7 +17,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from components.shared import examples, jsonl
+from components.shared import examples, jsonl, media
 from components.shared.errors import TuneyardError
 from components.shared.stage import Artifact, Context, Result
 from components.split import domain
@@ -56,7 +57,7 @@ def side_of(example: Mapping[str, Any], config: SplitConfig, own_test: bool) -> 
     """
     if example["origin"]["part"] == "test":
         return "test"
-    unit = column_value(example, config.group_by) if config.group_by else example["id"]
+    unit = column_value(example, config.group_by) if config.group_by else examples.likeness(example)
     at = unit_hash(str(config.seed), config.group_by or "", unit)
     train, evaluation, _ = config.ratios
     if own_test:
@@ -85,7 +86,11 @@ def explained_by_chance(values: int, count: int) -> float:
 
 
 def length_bin(example: Mapping[str, Any]) -> str:
-    """Order of magnitude of an example's text, in powers of two of characters."""
+    """Order of magnitude of an example, in powers of two of characters, of pixels, or of milliseconds."""
+    if "seconds" in example:
+        return f"2^{int(1000 * example['seconds']).bit_length():02d}"
+    if "width" in example:
+        return f"2^{(example['width'] * example['height']).bit_length():02d}"
     text = "".join(str(v) for v in examples.content(example).values())
     return f"2^{len(text).bit_length():02d}"
 
@@ -112,9 +117,9 @@ def _without_leaks(sides: dict[str, list[dict[str, Any]]], config: SplitConfig) 
         kept: list[dict[str, Any]] = []
         for row in sides[side]:
             group = column_value(row, config.group_by) if config.group_by else None
-            (removed if row["id"] in contents or group in groups else kept).append(row)
+            (removed if examples.likeness(row) in contents or group in groups else kept).append(row)
         sides[side] = kept
-        contents |= {row["id"] for row in kept}
+        contents |= {examples.likeness(row) for row in kept}
         if config.group_by:
             groups |= {column_value(row, config.group_by) for row in kept}
     return removed
@@ -201,7 +206,7 @@ def split(config: SplitConfig, inputs: Mapping[str, Artifact], context: Context)
     for row in rows:
         sides[side_of(row, config, own_test)].append(row)
     removed = _without_leaks(sides, config)
-    contents = [row["id"] for side in SIDES for row in sides[side]]
+    contents = [examples.likeness(row) for side in SIDES for row in sides[side]]
     summary: dict[str, Any] = {
         "counts": {side: len(sides[side]) for side in SIDES},
         "removed_as_leak": len(removed),
@@ -215,6 +220,7 @@ def split(config: SplitConfig, inputs: Mapping[str, Artifact], context: Context)
     metadata: dict[str, dict[str, Any]] = {}
     for side in SIDES:
         jsonl.write(context.out / side / "examples.jsonl", sides[side])
+        media.carry(sides[side], inputs["examples"].path, context.out / side)
         metadata[side] = {"dataset_type": dataset_type, "count": len(sides[side]), "side": side}
     jsonl.write(context.out / "train" / "removed_as_leak.jsonl", removed)
     if (inputs["examples"].path / examples.DOMAIN).exists():

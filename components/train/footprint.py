@@ -155,7 +155,9 @@ def _update(
 
 
 def _vocabulary_weights(objective: Objective) -> int:
-    """Weights of the input and output embeddings, counted once where they are tied."""
+    """Weights of the input and output embeddings, counted once where they are tied; 0 without them."""
+    if objective.task in ("image-classification", "speech-recognition"):
+        return 0
     found = {
         id(layer.weight): layer.weight.numel()
         for get in ("get_input_embeddings", "get_output_embeddings")

@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from components.shared import causal, drift, jsonl, sources, tracking
+from components.shared import causal, drift, media, sources, tracking
 from components.shared.modelcard import BaseModelRef, ModelCard
 from components.shared.stage import Artifact, Context, Result
 from components.train import holding, job, keeping, phases, retention, runs, saving, selfcheck, tokens
@@ -39,7 +39,7 @@ _Rows = dict[str, list[dict[str, Any]]]
 
 
 def _rows(artifact: Artifact) -> list[dict[str, Any]]:
-    return list(jsonl.read(artifact.path / "examples.jsonl"))
+    return list(media.read(artifact.path))
 
 
 def _seed(seed: int) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import re
-import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -16,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 from components.shared import examples as dataset
 from components.shared import tagging
+from components.validate import media_columns
+from components.validate.media_columns import classes, distinct, folded
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -57,6 +58,8 @@ def text_columns(dataset_type: str) -> tuple[str, ...]:
         "tagged-text": ("text",),
         "text-pair": ("anchor", "positive", "negative"),
         "task-text": ("text",),
+        "labelled-image": (),
+        "transcribed-audio": ("text",),
     }[dataset_type]
 
 
@@ -81,6 +84,8 @@ def table(dataset_type: str, examples: Rows) -> pd.DataFrame:
         "text-pair": _paired,
         "task-text": _tasked,
         "preference": _preferred,
+        "labelled-image": media_columns.pictured,
+        "transcribed-audio": media_columns.spoken,
     }
     columns |= measured.get(dataset_type, partial(_fields, dataset_type))(examples)
     for name in dict.fromkeys(name for row in examples for name in row.get("extra") or {}):
@@ -106,8 +111,8 @@ def _answered(dataset_type: str, examples: Rows) -> dict[str, list[Any]]:
         ]
     answers = [_text(answer) for answer in columns["completion"]]
     prompts = len(set(contexts))
-    columns["answers_for_prompt"] = _distinct(contexts, answers)
-    columns["prompts_for_answer_fraction"] = [count / prompts for count in _distinct(answers, contexts)]
+    columns["answers_for_prompt"] = distinct(contexts, answers)
+    columns["prompts_for_answer_fraction"] = [count / prompts for count in distinct(answers, contexts)]
     columns["completion_markup"] = [len(_MARKUP.findall(answer)) for answer in answers]
     columns["completion_at_limit"] = _at_limit(answers, examples)
     return columns
@@ -163,12 +168,8 @@ def _messages(row: Mapping[str, Any]) -> list[Mapping[str, Any]]:
 def _labelled(examples: Rows) -> dict[str, list[Any]]:
     columns = _fields("labelled-text", examples)
     texts, labels = ([_text(value) for value in columns[name]] for name in ("text", "label"))
-    counts = Counter(labels)
-    largest = max(counts.values(), default=0)
-    columns["labels_for_text"] = _distinct(texts, labels)
-    columns["label_examples"] = [counts[label] for label in labels]
-    columns["label_imbalance"] = [largest / counts[label] for label in labels]
-    columns["label_spellings"] = _distinct([_folded(label) for label in labels], labels)
+    columns |= classes(labels)
+    columns["labels_for_text"] = distinct(texts, labels)
     columns["text_at_limit"] = _at_limit(texts, examples)
     return columns
 
@@ -179,7 +180,7 @@ def _scored(examples: Rows) -> dict[str, list[Any]]:
     scores = [value for value in columns["score"] if isinstance(value, int | float)]
     mean = sum(scores) / max(1, len(scores))
     deviation = (sum((score - mean) ** 2 for score in scores) / max(1, len(scores))) ** 0.5
-    columns["scores_for_text"] = _distinct(texts, [str(value) for value in columns["score"]])
+    columns["scores_for_text"] = distinct(texts, [str(value) for value in columns["score"]])
     columns["score_deviations"] = [
         abs(value - mean) / deviation if deviation and isinstance(value, int | float) else 0.0
         for value in columns["score"]
@@ -198,7 +199,7 @@ def _tagged(examples: Rows) -> dict[str, list[Any]]:
         for text, found in zip(texts, spans, strict=True)
     ]
     columns["entity_count"] = [len(found) for found in spans]
-    columns["entities_for_text"] = _distinct(texts, [_text(found) for found in spans])
+    columns["entities_for_text"] = distinct(texts, [_text(found) for found in spans])
     # A row without entities has no rare label.
     most = max(counts.values(), default=0)
     columns["entity_label_examples"] = [
@@ -228,7 +229,7 @@ def _paired(examples: Rows) -> dict[str, list[Any]]:
         [_text(value) for value in columns[name]] for name in ("anchor", "positive", "negative")
     )
     many = len(set(anchors))
-    columns["anchors_for_positive_fraction"] = [n / many for n in _distinct(positives, anchors)]
+    columns["anchors_for_positive_fraction"] = [n / many for n in distinct(positives, anchors)]
     belongs = set(zip(anchors, positives, strict=True))
     columns["negative_belongs"] = [pair in belongs for pair in zip(anchors, negatives, strict=True)]
     columns["positive_at_limit"] = _at_limit(positives, examples)
@@ -240,10 +241,10 @@ def _tasked(examples: Rows) -> dict[str, list[Any]]:
     tasks, texts, labels = ([_text(v) for v in columns[n]] for n in ("task", "text", "label"))
     counts = Counter(tasks)
     asked = [json.dumps(pair, ensure_ascii=False) for pair in zip(tasks, texts, strict=True)]
-    folded = [f"{task}\n{_folded(label)}" for task, label in zip(tasks, labels, strict=True)]
-    columns["labels_of_task"] = _distinct(tasks, labels)
-    columns["labels_for_text"] = _distinct(asked, labels)
-    columns["label_spellings"] = _distinct(folded, labels)
+    spelled = [f"{task}\n{folded(label)}" for task, label in zip(tasks, labels, strict=True)]
+    columns["labels_of_task"] = distinct(tasks, labels)
+    columns["labels_for_text"] = distinct(asked, labels)
+    columns["label_spellings"] = distinct(spelled, labels)
     columns["task_examples"] = [counts[task] for task in tasks]
     columns["text_at_limit"] = _at_limit(texts, examples)
     return columns
@@ -253,18 +254,6 @@ def _text(value: Any) -> str:
     if isinstance(value, str):
         return value
     return "" if value is None else json.dumps(value, ensure_ascii=False, default=str)
-
-
-def _folded(label: str) -> str:
-    return " ".join(unicodedata.normalize("NFKC", label).casefold().split())
-
-
-def _distinct(keys: Sequence[str], values: Sequence[str]) -> list[int]:
-    """For each row, how many distinct values its key has."""
-    found: dict[str, set[str]] = defaultdict(set)
-    for key, value in zip(keys, values, strict=True):
-        found[key].add(value)
-    return [len(found[key]) for key in keys]
 
 
 def _at_limit(texts: Sequence[str], examples: Rows) -> list[bool]:

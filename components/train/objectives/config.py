@@ -12,6 +12,7 @@ from components.train.objectives.distillation_config import (
     DistillationObjective,
 )
 from components.train.objectives.group_config import GrpoObjective, RlooObjective
+from components.train.objectives.media_config import ImageClassificationObjective, SpeechRecognitionObjective
 
 
 class SftObjective(Settings):
@@ -249,6 +250,8 @@ ObjectiveConfig = Annotated[
     | GrpoObjective
     | RlooObjective
     | DistillationObjective
-    | ClassificationDistillationObjective,
+    | ClassificationDistillationObjective
+    | ImageClassificationObjective
+    | SpeechRecognitionObjective,
     Field(discriminator="kind"),
 ]

@@ -38,8 +38,10 @@ from components.train.objectives.distillation_config import (
 )
 from components.train.objectives.dpo import Dpo
 from components.train.objectives.groups import Grpo, Rloo
+from components.train.objectives.image_classification import ImageClassification
 from components.train.objectives.language_modeling import LanguageModeling
 from components.train.objectives.masked_language_modeling import MaskedLanguageModeling
+from components.train.objectives.media_config import ImageClassificationObjective, SpeechRecognitionObjective
 from components.train.objectives.multi_task import MultiTask, heads_of
 from components.train.objectives.pairs import refuse_without_scores
 from components.train.objectives.ppo import Ppo
@@ -47,6 +49,7 @@ from components.train.objectives.regression import Regression, scale_of
 from components.train.objectives.reward import Reward
 from components.train.objectives.seq2seq import Seq2Seq
 from components.train.objectives.sft import Sft
+from components.train.objectives.speech_recognition import SpeechRecognition
 from components.train.objectives.students import keep_layers
 from components.train.objectives.teacher_answers import SequenceDistillation
 from components.train.objectives.teachers import open_causal, open_classifier
@@ -96,6 +99,8 @@ def open_objective(
             objective = _grouped(config, config.objective, folder, reward_folder)
         case DistillationObjective() | ClassificationDistillationObjective():
             objective = _taught(config, rows, folder, teacher_folder)
+        case SpeechRecognitionObjective():
+            objective = SpeechRecognition(folder, config, rows)
         case _:
             objective = _encoder(config, rows, folder)
     choose_attention(objective, config.max_length)
@@ -109,6 +114,8 @@ def _encoder(config: TrainConfig, rows: Sequence[Mapping[str, Any]], folder: Pat
             asked = config.objective.class_weights
             weights = class_weights(rows, asked) if asked else None
             return Classification(folder, labels_of(rows), config.dropout, weights)
+        case ImageClassificationObjective():
+            return ImageClassification(folder, config, rows)
         case RegressionObjective():
             scale = scale_of([row["score"] for row in rows], "scores")
             return Regression(folder, config.objective, scale, config.dropout)

@@ -43,6 +43,9 @@ def make(kind: str, seed: int) -> dict:
     if kind == "prompt-only":
         return {"prompt": question, "system": "请回答下列法律问题。"}
     match kind:
+        case "labelled-image":
+            facts = {"pixels": f"{seed:064}", "width": 32 + seed % 3, "height": 30, "channels": 3}
+            return {"image": f"media/{seed}.png", "label": ("cat", "dog")[seed % 2], **facts, "spread": 40.0}
         case "scored-text":
             return {"text": answer, "score": 50.0 + seed % 17}
         case "tagged-text":

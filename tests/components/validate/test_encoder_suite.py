@@ -7,7 +7,7 @@ import pytest
 from components.validate import columns
 from components.validate import validate as stage
 
-KINDS = ("scored-text", "tagged-text", "text-pair", "task-text")
+KINDS = ("scored-text", "tagged-text", "text-pair", "task-text", "labelled-image")
 NO_ROWS = {"read": 0, "kept": 0, "quarantined": 0, "fraction": 0.0, "total_budget": 0.01, "over_total": False}
 ACCOUNT = {**NO_ROWS, "reasons": []}
 BETWEEN = "column_values_to_be_between"
@@ -105,6 +105,23 @@ DEFECTS = {
         BETWEEN,
         "labels_for_text",
     ),
+    "two labels for one picture": (
+        "labelled-image",
+        {n: {"pixels": "same", "label": ("cat", "dog")[n % 2]} for n in THREE},
+        "fail",
+        BETWEEN,
+        "labels_for_image",
+    ),
+    "picture of some dots": ("labelled-image", {7: {"width": 4}}, "fail", BETWEEN, "width"),
+    "blank pictures": ("labelled-image", {n: {"spread": 0.0} for n in THREE}, "fail", BETWEEN, "spread"),
+    "strip": ("labelled-image", {7: {"height": 300}}, "warn", BETWEEN, "aspect"),
+    "spelling of a class": (
+        "labelled-image",
+        {2: {"label": "bird"}, 4: {"label": "Bird"}},
+        "fail",
+        BETWEEN,
+        "label_spellings",
+    ),
     "spelling": ("task-text", {2: {"label": "up"}, 4: {"label": "Up"}}, "fail", BETWEEN, "label_spellings"),
 }
 
@@ -144,3 +161,10 @@ def test_a_corpus_without_entities_or_with_one_score_stops_the_line(corpus):
 def test_entities_are_shown_as_a_reader_writes_them(corpus):
     table = columns.table("tagged-text", corpus("tagged-text", rows=10))
     assert table["entities"][0] == "WORD: 甲乙; NEXT: 丙丁" and table["entity_count"][0] == 2
+
+
+def test_grey_among_coloured_pictures_is_said(corpus):
+    report = stage.report(
+        "labelled-image", corpus("labelled-image", changes={7: {"channels": 1}}), [], ACCOUNT
+    )
+    assert ("column_unique_value_count_to_be_between", "channels") in unmet(report, "warn")

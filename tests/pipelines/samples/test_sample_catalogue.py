@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import io
+import json
 import re
-from pathlib import PurePosixPath
+import wave
+from pathlib import Path, PurePosixPath
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from components.shared import sounds
+from components.shared.errors import TuneyardError
 from components.shared.s3 import is_data_object
-from pipelines.samples import catalogue
+from pipelines.samples import catalogue, recordings
 from pipelines.samples.catalogue import Gguf, OrangeTab, covering, load
+from pipelines.samples.making import files_of
 
 SAMPLES = load()
 PACKAGES = [package for sample in SAMPLES for package in sample.packages]
@@ -27,6 +33,10 @@ def test_the_promised_samples_are_there() -> None:
         "s3://corpora/finance/reuters-r8/",
         "s3://models/gemma-3-270m/",
         "s3://models/all-minilm-l6-v2/",
+        "s3://corpora/images/digits/",
+        "s3://models/resnet-small-untrained/",
+        "s3://corpora/speech/digits/",
+        "s3://models/whisper-small-untrained/",
     }
 
 
@@ -66,6 +76,66 @@ def test_conversions_name_what_they_read() -> None:
             assert set(sample.convert.rows) == names
         if isinstance(sample.convert, Gguf):
             assert len([name for name in names if ".gguf.part" in name]) == 4
+
+
+@pytest.mark.parametrize(
+    "uri", ["s3://corpora/images/digits/", "s3://models/resnet-small-untrained/"], ids=["digits", "resnet"]
+)
+def test_what_is_made_here_is_made_the_same_twice(uri: str, tmp_path: Path) -> None:
+    (sample,) = covering(uri)
+    found = []
+    for attempt in ("one", "two"):
+        (tmp_path / attempt).mkdir()
+        out = files_of(sample, [], tmp_path / attempt)
+        files = sorted(path for path in out.rglob("*") if path.is_file())
+        assert sum(path.stat().st_size for path in files) == sample.size
+        found.append({path.relative_to(out).as_posix(): path.read_bytes() for path in files})
+    assert found[0] == found[1]
+    wrong = sample.convert.model_copy(update={"images": 1796} if "digits" in uri else {"parameters": 7})
+    with pytest.raises(TuneyardError, match=r"came out|ended with code"):
+        (tmp_path / "three").mkdir()
+        files_of(sample.model_copy(update={"convert": wrong}), [], tmp_path / "three")
+
+
+def test_a_whisper_is_made_the_same_twice_and_hears(tmp_path: Path) -> None:
+    (sample,) = covering("s3://models/whisper-small-untrained/")
+    found = []
+    for attempt in ("one", "two"):
+        (tmp_path / attempt).mkdir()
+        found.append(files_of(sample, [], tmp_path / attempt))
+    assert sum(path.stat().st_size for path in found[0].iterdir()) == sample.size
+    one, two = ((out / "model.safetensors").read_bytes() for out in found)
+    assert one == two
+    assert sounds.window_seconds(sounds.open_processor(found[0])) == 2.0
+
+
+def test_recorded_digits_are_joined_as_their_transcripts_say(put_wheel, shelf: Path, tmp_path: Path) -> None:
+    words = {n: bytes([128 + 10 * (n + 1)] * (400 + n)) for n in range(10)}
+    content = {}
+    for n, body in words.items():
+        stream = io.BytesIO()
+        with wave.open(stream, "wb") as file:
+            file.setparams((1, 1, 8000, len(body), "NONE", ""))
+            file.writeframes(body)
+        content[f"data/{n}.wav"] = stream.getvalue()
+    package = put_wheel("digits", content, {name: name.removeprefix("data/") for name in content})
+    (sample,) = covering("s3://corpora/speech/digits/")
+    by = sample.convert.model_copy(update={"recordings": 40})
+    few = sample.model_copy(update={"packages": (package,), "convert": by})
+    out = files_of(few, [shelf / package.file], tmp_path)
+    rows = [json.loads(line) for line in (out / "transcripts.jsonl").read_text().splitlines()]
+    assert len(rows) == 40 and {len(row["text"].split()) for row in rows} == {1, 2}
+    for row in rows:
+        samples, rate, _ = sounds.decode(out / row["audio"])
+        # Louder than any noise of the line for as long as its words are.
+        expected = sum(400 + recordings._NAMES.index(word) for word in row["text"].split())
+        assert rate == 8000 and abs(int((samples > 0.03).sum()) - expected) <= 0.2 * expected
+
+
+def test_a_sample_without_packages_is_one_that_is_made_here() -> None:
+    facts = SAMPLES[0].model_dump() | {"packages": []}
+    with pytest.raises(ValidationError, match="needs packages"):
+        catalogue.Sample.model_validate(facts)
 
 
 def test_readme_table_is_the_catalogue() -> None:
