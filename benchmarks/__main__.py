@@ -8,7 +8,7 @@ import json
 import sys
 from pathlib import Path
 
-NAMES = ("train", "line_sft_legal", "line_classify_finance", "artifacts")
+NAMES = ("train", "tokenise", "footprint", "search", "line_sft_legal", "line_classify_finance", "artifacts")
 RESULTS = Path(__file__).parent / "results"
 
 

@@ -152,6 +152,26 @@ def fitting(
     return found
 
 
+def _fewer(one: int, at_once: int, limit_gib: float) -> list[dict[str, Any]]:
+    """Fewer trials at a time, where some fit."""
+    room = min(at_once - 1, int(limit_gib * 2**30 // one))
+    return [{"set": f"train.search.parallel={room}", "peak_gib": _gib(room * one)}] if room > 0 else []
+
+
+def _in_turn(
+    config: TrainConfig, rows: Sequence[Mapping[str, Any]], base: Base, limit_gib: float
+) -> list[dict[str, Any]]:
+    """Ways to need less by other settings; of a search, those that it does not vary, one trial at a time."""
+    found = fitting(sizing.heaviest(config), rows, base, limit_gib * 2**30)
+    if not config.search:
+        return found
+    varied = tuple(f"train.{name}=" for name in config.search.space)
+    alone = " train.search.parallel=1" if config.search.parallel > 1 else ""
+    return [
+        way | {"set": way["set"] + alone} for way in found if not any(name in way["set"] for name in varied)
+    ]
+
+
 def _gib(count: float) -> float:
     return round(count / 2**30, 2)
 
@@ -199,21 +219,22 @@ def advise(
     with tempfile.TemporaryDirectory(prefix="tuneyard-advise-") as scratch:
         base = base_of(spec.train, store, Path(scratch))
         rows, counted = examples_to_size(spec, store, Path(scratch) / "corpus")
-        needs = footprint.predict(spec.train, base.folder, rows, base.file_bytes)
-        peak = needs.peak_bytes if gpu else needs.process_bytes
-        fits = peak <= limit * 2**30
-        smaller = [] if fits else fitting(spec.train, rows, base, limit * 2**30)
+        at_once = sizing.at_once(spec.train)
+        needs = footprint.predict(sizing.heaviest(spec.train), base.folder, rows, base.file_bytes)
+        one = needs.peak_bytes if gpu else needs.process_bytes
+        fits = one * at_once <= limit * 2**30
+        smaller = [] if fits else [*_fewer(one, at_once, limit), *_in_turn(spec.train, rows, base, limit)]
     count = counted if examples is None else examples
     return {
         "pipeline": spec.name,
-        "memory": _memory(spec, needs, peak, base)
+        "memory": _memory(spec, needs, one * at_once, base)
         | {"limit_gib": round(limit, 2), "limit_is": of, "fits": fits},
         "settings_that_fit": smaller,
         "run": _run(spec.train, needs, count, gpu, dollars_per_hour),
         "storage_gib": _storage(spec, needs, base, count),
         "weights": {"total": needs.total_weights, "moving": needs.moving_weights},
         "remarks": sizing.remarks(spec.train, count, needs.total_weights),
-        "gpus_that_fit": list(sizing.fitting_gpus(needs.peak_bytes)),
+        "gpus_that_fit": list(sizing.fitting_gpus(needs.peak_bytes * at_once)),
         "estimates": _ESTIMATES,
     }
 
@@ -239,7 +260,7 @@ def _memory(spec: PipelineSpec, needs: Any, peak: int, base: Base) -> dict[str, 
 
 def _storage(spec: PipelineSpec, needs: Any, base: Base, examples: int) -> float:
     corpus = round(examples / _train_share(spec))
-    checkpoints = spec.train.keep_checkpoints
+    checkpoints = (spec.train.keep_checkpoints + 1) * sizing.at_once(spec.train) - 1
     return _gib(
         sizing.storage_bytes(needs.total_weights, needs.moving_weights, base.file_bytes, corpus, checkpoints)
     )
@@ -248,28 +269,29 @@ def _storage(spec: PipelineSpec, needs: Any, base: Base, examples: int) -> float
 def _run(
     config: TrainConfig, needs: Any, examples: int, gpu: str, dollars_per_hour: float | None
 ) -> dict[str, Any]:
-    work = sizing.work(
-        config,
-        examples,
-        needs.tokens_per_example,
-        needs.loss_share,
-        needs.body_weights,
-        needs.total_weights - needs.body_weights,
+    sizes = needs.tokens_per_example, needs.loss_share, needs.body_weights
+    head = needs.total_weights - needs.body_weights
+    ends = [sizing.work(each(config), examples, *sizes, head) for each in (sizing.heaviest, sizing.lightest)]
+    times = sizing.trainings(config)
+    steps, tokens, flop = (
+        times * max(getattr(e, name) for e in ends) for name in ("steps", "tokens", "flop")
     )
     if gpu:
         rate, efficiency = sizing.gpu(gpu).flop_per_second, sizing.GPU_EFFICIENCY
     else:
         rate, efficiency = sizing.matmul_flop_per_second(), sizing.CPU_EFFICIENCY
-    seconds = work.flop / (rate * efficiency)
+    seconds = flop / (rate * efficiency)
     found = {
         "examples": examples,
-        "steps": work.steps,
-        "tokens": round(work.tokens),
+        "steps": steps,
+        "tokens": round(tokens),
         "seconds": round(seconds, 1),
         "on": gpu or "this machine's processors",
         "peak_gflop_per_second": round(rate / 1e9),
         "efficiency": efficiency,
     }
+    if config.search:
+        found["trials"] = times  # none of them ended early: an upper bound
     if dollars_per_hour is not None:
         found["dollars"] = round(seconds / 3600 * dollars_per_hour, 2)
     return found

@@ -36,7 +36,8 @@ def refuse_unfit(spec: PipelineSpec, store: Store) -> None:
             base = advise.base_of(spec.train, store, Path(scratch))
         except TuneyardError:
             return  # what is wrong with the base, the stage that reads it says
-        if sizing.surely_fits(spec.train, base.shape(), base.file_bytes, limit * 2**30):
+        heaviest, share = sizing.heaviest(spec.train), limit * 2**30 / sizing.at_once(spec.train)
+        if sizing.surely_fits(heaviest, base.shape(), base.file_bytes, share):
             return
     log.info("submit: predicting how much memory train will need")
     asked = json.dumps({"spec": spec.resolved(), "available_gib": limit})

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from components.evaluate.config import METRICS, metrics_of
+from components.evaluate.config import METRICS, OF_TEACHER, metrics_of
 from components.register.config import BETTER
 from components.shared import examples, tasks
+from components.split.config import SplitConfig
 from components.train.adapters.config import KINDS as ADAPTERS
 from components.train.config import TrainConfig
+from components.train.search import space
 
 # Tasks whose models evaluate opens with an adapter beside their base.
 _BESIDE = ("causal-lm", "classification", "regression", "token-classification", "multi-task")
@@ -26,6 +28,11 @@ def misfits(raw: Mapping[str, Any]) -> Iterator[tuple[tuple[str, ...], str]]:
     ingest, train = _section(raw, "ingest"), _section(raw, "train")
     if "test_source" in ingest:
         yield ("ingest", "test_source"), "write it as split.test_source, beside the ratios it changes"
+    if "domain" in ingest:
+        yield ("ingest", "domain"), "write it as train.first.source, beside the phase that learns from it"
+    most = SplitConfig.model_fields["max_domain_leaks"].default  # a resolved file says it always
+    if not train.get("first") and _section(raw, "split").get("max_domain_leaks", most) != most:
+        yield ("split", "max_domain_leaks"), "there is no domain text to look through without train.first"
     if _has(raw, "deploy") and not _has(raw, "register"):
         yield ("deploy",), "needs a register section: only a registered model is put in service"
     trait = tasks.trait(train.get("objective"))
@@ -33,6 +40,7 @@ def misfits(raw: Mapping[str, Any]) -> Iterator[tuple[tuple[str, ...], str]]:
     adapter = train.get("adapter") or usual
     kind = adapter.get("kind", usual) if isinstance(adapter, dict) else adapter
     yield from _beside_its_base(raw, kind if isinstance(kind, str) else "", trait)
+    yield from _search(train, _section(raw, "hardware"))
     if trait is None:
         return
     yield from _not_yet(raw, trait.task)
@@ -47,11 +55,47 @@ def misfits(raw: Mapping[str, Any]) -> Iterator[tuple[tuple[str, ...], str]]:
         )
     yield from _strange_metrics(raw, trait.task, given if given in trait.formats else trait.formats[0])
     yield from _dead_settings(train)
-    hardware = _section(raw, "hardware")
-    if trait is tasks.OBJECTIVES["ppo"] and (
-        hardware.get("nodes", 1) != 1 or hardware.get("gpus_per_node", 0) not in (0, 1)
-    ):
-        yield ("hardware",), "ppo trains in one process yet: nodes: 1, and gpus_per_node 0 or 1"
+    yield from _one_process(raw)
+    yield from _unjudged(_objective(raw), given if given in trait.formats else trait.formats[0])
+
+
+def _one_process(raw: Mapping[str, Any]) -> Iterator[tuple[tuple[str, ...], str]]:
+    """Objectives whose answers are written by one process."""
+    objective, hardware = _objective(raw), _section(raw, "hardware")
+    kind = objective.get("kind", _section(raw, "train").get("objective"))
+    if kind not in tasks.ANSWERING and (kind, objective.get("level")) != ("distillation", "sequence"):
+        return
+    if hardware.get("nodes", 1) != 1 or hardware.get("gpus_per_node", 0) not in (0, 1):
+        yield ("hardware",), f"{kind} trains in one process yet: nodes: 1, and gpus_per_node 0 or 1"
+
+
+def _unjudged(objective: Mapping[str, Any], dataset_type: str) -> Iterator[tuple[tuple[str, ...], str]]:
+    """Rules over answers that the data does not have, and prompts whose answers nothing would judge."""
+    if objective.get("kind") not in ("grpo", "rloo") or dataset_type != "prompt-only":
+        return
+    rules = objective.get("rewards")
+    kinds = [rule.get("kind") for rule in rules if isinstance(rule, dict)] if isinstance(rules, list) else []
+    if "answer" in kinds:
+        what = "a reward of kind answer compares with the data's own answers"
+        yield ("train", "objective", "rewards"), f"{what}; set ingest.format: prompt-completion"
+    elif rules and not objective.get("reward_model"):
+        what = "evaluate judges answers by a reward_model or by the data's own"
+        yield ("train", "objective", "rewards"), f"{what}; name one, or set ingest.format: prompt-completion"
+
+
+def _search(train: Mapping[str, Any], hardware: Mapping[str, Any]) -> Iterator[tuple[tuple[str, ...], str]]:
+    """What a search would try and could not, or that would change nothing."""
+    if not train.get("search"):
+        return
+    yield from ((("train", *at), what) for at, what in space.misfits(train))
+    dead = set(_dead_settings(train))
+    for name, section in space.tried(train):
+        for fault in (found for found in _dead_settings(section) if found not in dead):
+            dead.add(fault)
+            yield ("train", "search", "space", name), fault[1]
+    if hardware.get("nodes", 1) != 1 or hardware.get("gpus_per_node", 0) not in (0, 1):
+        what = "trials share one pod, which has one GPU at most: nodes: 1, and gpus_per_node 0 or 1"
+        yield ("hardware",), f"{what}; or drop train.search"
 
 
 def _beside_its_base(
@@ -116,14 +160,14 @@ def _dead_settings(train: Mapping[str, Any]) -> Iterator[tuple[tuple[str, ...], 
     kind = objective.get("kind", train.get("objective"))
     if objective.get("loss") == "ipo" and train.get("label_smoothing"):
         yield ("train", "label_smoothing"), "loss ipo has no labels; drop it, or set loss: sigmoid"
-    if kind != "ppo":
+    if kind not in tasks.ANSWERING:
         return
-    why = "ppo computes without dropout, or its ratio of new to old probability would be noise; drop it"
+    why = f"{kind} computes without dropout, or its ratio of new to old probability would be noise; drop it"
     for at, section in ((("train",), train), (("train", "adapter"), adapter)):
         if section.get("dropout"):
             yield (*at, "dropout"), why
     if train.get("gradient_checkpointing"):
-        yield ("train", "gradient_checkpointing"), "ppo keeps its activations; drop it"
+        yield ("train", "gradient_checkpointing"), f"{kind} keeps its activations; drop it"
 
 
 def _strange_metrics(
@@ -138,6 +182,8 @@ def _strange_metrics(
             yield ("evaluate", "gates", metric), what
         elif metric == "retention_loss_increase" and not _section(raw, "train").get("retain"):
             yield ("evaluate", "gates", metric), "needs train.retain: what must not be forgotten"
+        elif metric in OF_TEACHER and metric in ours and "teacher" not in _objective(raw):
+            yield ("evaluate", "gates", metric), "needs an objective with a teacher (distillation)"
         elif metric in every and metric not in ours:
             what = f"no metric of a {task} model on {dataset_type} data; its metrics are {', '.join(ours)}"
             yield ("evaluate", "gates", metric), what
@@ -145,6 +191,10 @@ def _strange_metrics(
     if isinstance(compared, str) and compared in BETTER and compared not in ours:
         known = ", ".join(name for name in BETTER if name in ours)
         yield ("register", "compare_by"), f"{compared} is no metric of a {task} model; choose from {known}"
+
+
+def _objective(raw: Mapping[str, Any]) -> dict[str, Any]:
+    return _section(_section(raw, "train"), "objective")
 
 
 def fill_in(raw: dict[str, Any]) -> None:
@@ -179,6 +229,11 @@ def fill_in(raw: dict[str, Any]) -> None:
     if isinstance(split.get("test_source"), str):
         # ingest reads it, so it belongs to ingest's key.
         ingest["test_source"] = split["test_source"]
+    first = _section(train, "first")
+    if isinstance(first.get("source"), str):
+        # As with split.test_source: ingest reads it, and split, which has test, looks for test in it.
+        named = _section(first, "columns").get("text")
+        ingest["domain"] = {"source": first["source"], "columns": {"text": named} if named else {}}
     wanted = [split[k] for k in ("stratify_by", "group_by") if isinstance(split.get(k), str)]
     keep = ingest.get("keep") or []
     if isinstance(keep, list):

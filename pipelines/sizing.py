@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from components.shared.errors import UsageError
 from components.train.config import TrainConfig
 from components.train.data import total_steps
+from components.train.search import space
 
 # Share of the matrix-product rate that a training step reaches. On a CPU 0.27 was measured for Gemma 3 270M
 # (docs/figures.md); on a GPU NVIDIA's NeMo AutoModel publishes 402 of 989 TFLOP/s for LoRA of Llama 3 8B on
@@ -66,6 +67,26 @@ def matmul_flop_per_second(seconds: float = 0.5) -> float:
         a @ a
         best = max(best, 2 * 1024**3 / (time.perf_counter() - started))
     return best
+
+
+def at_once(config: TrainConfig) -> int:
+    """How many trainings run at a time."""
+    return config.search.parallel if config.search else 1
+
+
+def trainings(config: TrainConfig) -> int:
+    """How many trainings there are, at most."""
+    return config.search.trials if config.search else 1
+
+
+def heaviest(config: TrainConfig) -> TrainConfig:
+    """The settings that need the most memory: those of a search with every number at its highest."""
+    return space.extreme(config, largest=True) if config.search else config
+
+
+def lightest(config: TrainConfig) -> TrainConfig:
+    """The same with every number at its lowest: smaller batches make more steps."""
+    return space.extreme(config, largest=False) if config.search else config
 
 
 @dataclass(frozen=True)

@@ -68,7 +68,7 @@ class PipelineSpec(Settings):
 
     def resolved(self) -> dict[str, Any]:
         """Every setting with its default filled in, as a pipeline file spells it: `load` reads it back."""
-        dumped = self.model_dump(mode="json", by_alias=True, exclude={"ingest": {"test_source"}})
+        dumped = self.model_dump(mode="json", by_alias=True, exclude={"ingest": {"test_source", "domain"}})
         return {name: section for name, section in dumped.items() if section is not None}
 
 

@@ -6,12 +6,13 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from components.evaluate import citations, intervals, sitting, text_metrics
+from components.evaluate import citations, intervals, sitting, taught, text_metrics
 from components.evaluate.config import EvaluateConfig
 from components.evaluate.findings import Findings
 from components.evaluate.sitting import Exam, Sitting
 from components.evaluate.slices.share import Part, Share, joined
 from components.shared import causal, examples
+from components.shared.modelcard import ModelCard
 from components.shared.stage import Artifact, Context
 
 
@@ -30,7 +31,14 @@ def take(
     """
     tokenizer = sitting.tokenizer_of(inputs)
     text_metrics.self_test([sitting.reference(tokenizer, row) for row in tests])
-    return sitting.take(config, tests, inputs, context, share, kind)
+    part = sitting.take(config, tests, inputs, context, share, kind)
+    card = ModelCard.read(inputs["model"].path)
+    if card.teacher is not None:
+        found = taught.answer(config, tests, card, context, share, part.facts["precision"])
+        part.arrays.update(found.arrays)
+        part.facts.update(found.facts)
+        part.measured.update(found.measured)
+    return part
 
 
 def judge(
@@ -62,6 +70,12 @@ def judge(
     systems["tuned"]["about"] = f"the tuned model that ships (artifact {ships!r})"
     if ships == "compressed":
         systems["uncompressed"] = _uncompressed(exam, tuned, joined(parts, "uncompressed/nats").tolist())
+    card = ModelCard.read(inputs["model"].path)
+    if card.teacher is not None:
+        window = parts[0].facts["teacher_window_tokens"]
+        theirs = taught.exam_of(config, tests, card, context, window)
+        told = score(theirs, sitting.whole("teacher", theirs, parts))
+        taught.beside(systems, told, "rouge_l", "tokens_per_second")
     facts = {"precision": parts[0].facts["precision"], **facts}
     if len(parts) > 1:
         count = len(parts[0].arrays["tuned/answers"])

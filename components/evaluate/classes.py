@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from components.evaluate import baselines, class_metrics, predictions, resources
+from components.evaluate import baselines, class_metrics, predictions, resources, taught
 from components.evaluate.config import EvaluateConfig
 from components.evaluate.findings import Findings
 from components.evaluate.slices.share import Part, Share, joined, rows
@@ -58,7 +58,12 @@ def take(
     _classifier("tuned", exam, encodings, inputs["model"].path, context.store, share, part)
     if "compressed" in inputs:
         _classifier("compressed", exam, encodings, inputs["compressed"].path, context.store, share, part)
-    _embed(exam, train, ModelCard.read(inputs["model"].path), context, share, part)
+    card = ModelCard.read(inputs["model"].path)
+    _embed(exam, train, card, context, share, part)
+    if card.teacher is not None:
+        found = taught.classify(exam.texts, card, config, context, share)
+        part.arrays.update(found.arrays)
+        part.measured.update(found.measured)
     return part
 
 
@@ -95,6 +100,10 @@ def judge(
         systems["compressed"] |= compression(systems["tuned"], systems["compressed"], *folders)
     systems["base"], scores["base"] = _probe(exam, train, parts)
     systems["tfidf_logreg"], scores["tfidf_logreg"] = _tfidf(exam, train)
+    if ModelCard.read(inputs["model"].path).teacher is not None:
+        scores["teacher"] = class_metrics.probabilities(joined(parts, "teacher/outputs"))
+        told = class_metrics.score(exam.truth, scores["teacher"], exam.labels) | first.measured["teacher"]
+        taught.beside(systems, told, "accuracy", "texts_per_second")
     limit = {"limit_tokens": exam.max_length_tokens}
     facts = {
         "truncated": {"texts": first.facts["cut"], "of": len(tests)} | limit,

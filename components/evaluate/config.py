@@ -8,6 +8,8 @@ from pydantic import Field, model_validator
 
 from components.shared.settings import Settings
 
+# Of a model that was distilled, beside its teacher.
+OF_TEACHER = ("teacher_quality_kept", "teacher_speed_ratio")
 _COSTS = ("latency_p50_ms", "latency_p95_ms", "texts_per_second", "memory_gib")
 _OF_ANSWERS = (
     "loss",
@@ -23,6 +25,7 @@ _OF_ANSWERS = (
     "tokens_per_second",
     "memory_gib",
     "retention_loss_increase",
+    *OF_TEACHER,
 )
 # What a gate may be set on, by the task of a model (ModelCard.task); where that does not decide, also by the
 # dataset type that judges it: see `metrics_of`.
@@ -79,6 +82,7 @@ METRICS: dict[str, tuple[str, ...]] = {
         "throughput_ratio",
         "size_ratio",
         "retention_loss_increase",
+        *OF_TEACHER,
     ),
     "regression": ("mae", "rmse", "r2", "pearson", "spearman", *_COSTS, "retention_loss_increase"),
     "token-classification": (

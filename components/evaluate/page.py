@@ -57,6 +57,8 @@ _METRICS: dict[str, tuple[str, str, int]] = {
     "accuracy_drop_points": ("Accuracy lost by compression, points", "{:.2f}", -1),
     "throughput_ratio": ("Throughput, times that of PyTorch float32", "{:.2f}", 1),
     "size_ratio": ("Size on disk, of that in float32", "{:.1%}", -1),
+    "teacher_quality_kept": ("Quality, of the teacher's", "{:.1%}", 1),
+    "teacher_speed_ratio": ("Speed, times the teacher's", "{:.2f}", 1),
     "answers_cut": ("Answers cut at the length limit", "{:.0f}", -1),
     "latency_p50_ms": ("Latency, median, ms", "{:,.1f}", -1),
     "latency_p95_ms": ("Latency, 95th percentile, ms", "{:,.1f}", -1),
@@ -67,7 +69,7 @@ _METRICS: dict[str, tuple[str, str, int]] = {
     "memory_gib": ("Peak memory, GiB", "{:.2f}", -1),
 }
 _ORDER = (
-    *("base", "tuned", "compressed", "tfidf_logreg", "likelier", "longer"),
+    *("base", "tuned", "compressed", "teacher", "tfidf_logreg", "likelier", "longer"),
     *("tfidf_ridge", "tfidf", "dictionary", "train_mean", "pixels_logreg", "commonest"),
 )
 

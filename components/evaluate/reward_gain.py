@@ -108,7 +108,7 @@ def _judge_of(card: ModelCard, context: Context) -> Path:
     if card.reward_model is None:
         raise TuneyardError(
             "test has prompts without answers, and no reward model that could judge them was trained with",
-            "give the corpus a column of answers, or train with `objective: ppo`",
+            "give the corpus a column of answers, or train against a reward model",
         )
     return card.reward_model.folder(context.store)
 

@@ -41,6 +41,18 @@ class Winner(Settings):
     answers: dict[str, str] = Field(min_length=2, max_length=2)
 
 
+class Domain(Settings):
+    """Domain text that is trained on before the task: a pipeline file says it in `train.first`.
+
+    Args:
+        source: as that of IngestConfig; a Hugging Face data set is read at `ingest.revision` too.
+        columns: `text` -> column of the source, where it has another name.
+    """
+
+    source: str
+    columns: dict[Literal["text"], str] = Field(default_factory=dict)
+
+
 class IngestConfig(Settings):
     """What to read and how to see it as examples.
 
@@ -49,6 +61,7 @@ class IngestConfig(Settings):
             one). Of pictures a folder or prefix: with a folder for each class, or with a list (JSONL, CSV,
             Parquet) whose rows name files below its own folder or hold their bytes.
         test_source: the source's own test split, if any; a pipeline file says `split.test_source`.
+        domain: see Domain; null for none.
         format: dataset type; inferred from `columns` or the objective when absent.
         columns: field -> column of the source. Absent fields are read from a column of their own name; null
             leaves an optional field out.
@@ -60,6 +73,7 @@ class IngestConfig(Settings):
 
     source: str
     test_source: str | None = None
+    domain: Domain | None = None
     format: examples.DatasetType = "prompt-completion"
     columns: dict[str, str | None] = Field(default_factory=dict)
     winner: Winner | None = None
@@ -68,8 +82,20 @@ class IngestConfig(Settings):
     normalise: Normalise = Normalise()
 
     def external_uris(self) -> list[str]:
-        """The corpus and its test split."""
-        return [self.source] + ([self.test_source] if self.test_source else [])
+        """The corpus, its test split, and domain text."""
+        domain = self.domain.source if self.domain else None
+        return [uri for uri in (self.source, self.test_source, domain) if uri]
+
+    def of_domain(self) -> IngestConfig:
+        """The settings by which domain text is read."""
+        assert self.domain is not None
+        return IngestConfig(
+            source=self.domain.source,
+            columns={"text": self.domain.columns.get("text", "text")},
+            format="language-modeling",
+            revision=self.revision,
+            normalise=self.normalise,
+        )
 
     @model_validator(mode="after")
     def _files_in_sight(self) -> IngestConfig:

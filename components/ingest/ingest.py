@@ -213,12 +213,15 @@ class _Account:
         }
 
 
-def _kept(config: IngestConfig, store: Store, account: _Account, folder: Path) -> Iterator[dict[str, Any]]:
-    """The examples of a source, their files below `folder`, while the account takes note of every row."""
+def _kept(
+    config: IngestConfig, store: Store, account: _Account, folder: Path, domain: bool = False
+) -> Iterator[dict[str, Any]]:
+    """The examples of a source, files below `folder`, or of domain text; the account notes every row."""
     shelf = media.Shelf(folder)
     progress = Progress("ingest", 0, "rows")
     for part, file, line, row in _rows(config, store):
         progress.advance()
+        part = "domain" if domain else part
         example = row if isinstance(row, Fault) else to_example(row, config, shelf)
         if isinstance(example, Fault):
             account.refuse(part, file, line, example, row)
@@ -228,15 +231,18 @@ def _kept(config: IngestConfig, store: Store, account: _Account, folder: Path) -
         yield {**example, "origin": {"file": file, "line": line, "part": part}}
 
 
-def _refuse_nothing_kept(config: IngestConfig, account: _Account) -> None:
-    if account.by_part:
+def _write(config: IngestConfig, path: Path, store: Store, account: _Account, domain: bool = False) -> None:
+    """Write the examples of a source, or of domain text; stop where there is not one."""
+    before = len(account.quarantine)
+    if jsonl.write(path, _kept(config, store, account, path.parent, domain)):
         return
+    refused = account.quarantine[before:]
     nothing = {"file": config.source, "line": 0, "reason": "no rows", "detail": ""}
-    first = account.quarantine[0] if account.quarantine else nothing
+    first = refused[0] if refused else nothing
     raise StageStopped(
-        f"ingest: 0 of {len(account.quarantine)} rows of {config.source} could be kept; the first, "
+        f"ingest: 0 of {len(refused)} rows of {config.source} could be kept; the first, "
         f"{first['file']}:{first['line']}: {first['reason']} ({first['detail']})",
-        "map your column names with `ingest.columns: {field: column}`",
+        f"map your column names with `{'train.first' if domain else 'ingest'}.columns: {{field: column}}`",
     )
 
 
@@ -256,10 +262,11 @@ def ingest(config: IngestConfig, inputs: Mapping[str, Artifact], context: Contex
         StageStopped: not one row could be kept, or two columns of a file have one name.
     """
     account = _Account()
-    folder = context.out / "examples"
-    jsonl.write(folder / "examples.jsonl", _kept(config, context.store, account, folder))
+    _write(config, context.out / "examples" / "examples.jsonl", context.store, account)
+    if config.domain is not None:
+        documents = context.out / "examples" / examples.DOMAIN
+        _write(config.of_domain(), documents, context.store, account, domain=True)
     jsonl.write(context.out / "quarantine" / "quarantine.jsonl", account.quarantine)
-    _refuse_nothing_kept(config, account)
     summary = account.summary()
     (context.out / "quarantine" / "summary.json").write_bytes(digest.canonical(summary))
     (context.out / "page.html").write_text(_page(summary))

@@ -17,6 +17,7 @@ from components.shared.addons import Addon
 from components.shared.encoded import Encoded as Encoded
 from components.shared.encoded import cut_prompt as cut_prompt
 from components.shared.encoded import encode as encode
+from components.shared.encoded import encode_all as encode_all
 from components.shared.encoded import shorten as shorten
 from components.shared.errors import TuneyardError
 from components.shared.loss import token_nats

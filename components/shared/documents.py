@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from typing import Any
 
+from components.shared import batches
 from components.shared.encoded import Encoded
 
 
@@ -12,10 +14,15 @@ def encode(tokenizer: Any, text: str) -> Encoded:
 
     The first is the beginning-of-sequence token where the tokenizer has one; the last says that it ends.
     """
-    bos_id = tokenizer.bos_token_id
-    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    whole = [*([] if bos_id is None else [bos_id]), *ids, tokenizer.eos_token_id]
-    return Encoded(whole[:1], whole[1:])
+    return next(encode_all(tokenizer, [text]))
+
+
+def encode_all(tokenizer: Any, texts: Iterable[str]) -> Iterator[Encoded]:
+    """`encode` of many documents."""
+    bos_id, eos_id = tokenizer.bos_token_id, tokenizer.eos_token_id
+    for ids in batches.token_ids(tokenizer, texts):
+        whole = [*([] if bos_id is None else [bos_id]), *ids, eos_id]
+        yield Encoded(whole[:1], whole[1:])
 
 
 def pieces(encoded: Encoded, max_length: int, bos_id: int | None) -> list[Encoded]:

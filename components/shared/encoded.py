@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from components.shared import chat
+from components.shared import batches, chat
 
 
 @dataclass(frozen=True)
@@ -72,6 +72,35 @@ def encode(
         _, ((start, _),) = chat.located(tokenizer, text, [(text.rindex(example["completion"]), len(text))])
         prompt, answer = [*prompt, *answer[:start]], answer[start:]
     return Encoded(prompt, answer, spans)
+
+
+def encode_all(
+    tokenizer: Any,
+    examples: Sequence[Mapping[str, Any]],
+    loss_on: Literal["all", "last"] = "last",
+    loss_on_reasoning: bool = True,
+) -> Iterator[Encoded]:
+    """`encode` of many examples; arguments are the same.
+
+    Prompts and answers go through the tokenizer together, but for those examples where what carries loss has
+    to be found in the text (tools, reasoning, conversations).
+    """
+    plain = [not any(example.get(n) for n in ("messages", "tools", "reasoning")) for example in examples]
+
+    def texts() -> Iterator[str]:
+        for example, alone in zip(examples, plain, strict=True):
+            if alone:
+                *asked, answer = chat.messages(tokenizer, example)
+                yield chat.render(tokenizer, asked, asked=True)
+                yield str(answer["content"])
+
+    ids, end_id = batches.token_ids(tokenizer, texts()), chat.end_id(tokenizer)
+    for example, alone in zip(examples, plain, strict=True):
+        if alone:
+            prompt, answer = next(ids), next(ids)
+            yield Encoded(prompt, [*answer, end_id])
+        else:
+            yield encode(tokenizer, example, loss_on, loss_on_reasoning)
 
 
 def shorten(encoded: Encoded, max_length: int, bos_id: int | None) -> Encoded | None:

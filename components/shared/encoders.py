@@ -1,8 +1,31 @@
-"""One vector for a text, in training, when it is judged and in service alike."""
+"""What encoders say of a text, in training, when it is judged and in service alike."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
+
+from components.shared.errors import TuneyardError
+
+
+def columns_of(names: Mapping[int, str], labels: Sequence[str]) -> list[int]:
+    """Which output of a classifier each label is, by name.
+
+    Args:
+        names: its config's id2label.
+        labels: that are asked for; it may know more.
+
+    Raises:
+        TuneyardError: it has no output of some name.
+    """
+    known = {str(name): int(at) for at, name in names.items()}
+    missing = [label for label in labels if label not in known]
+    if missing:
+        raise TuneyardError(
+            f"the teacher does not know the labels {missing}; it knows {sorted(known)}",
+            "label the corpus as the teacher does, or choose a teacher that was trained on these labels",
+        )
+    return [known[label] for label in labels]
 
 
 def mean_pooled(hidden: Any, mask: Any) -> Any:

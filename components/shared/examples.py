@@ -2,14 +2,17 @@
 
 An example on disk is a JSON object: the fields below, `id` (hex sha256 of the fields, so equal content has
 equal ids; a file counts by what it decodes to), `origin` ({file, line, part}: where it was read; part is
-`main` or `test`), `extra` (columns kept beside, e.g. for grouping) and `original` (fields as they were before
-normalisation, where that changed them).
+`main`, `test` or `domain`), `extra` (columns kept beside, e.g. for grouping) and `original` (fields as they
+were before normalisation, where that changed them).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any, Literal
+
+# Beside `examples.jsonl`, in artifacts of a pipeline that trains on domain text first: the documents.
+DOMAIN = "domain.jsonl"
 
 DatasetType = Literal[
     "prompt-completion",

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from components.shared import causal, clock, digest
+from components.shared import batches, causal, clock, digest
 from components.shared.modelcard import ModelCard
 from components.shared.store import Store
 
@@ -36,10 +36,15 @@ class Piece:
 
 def encode(tokenizer: Any, text: str, fraction: float) -> Piece:
     """A document as one piece, whatever its length."""
+    return next(encode_all(tokenizer, [text], fraction))
+
+
+def encode_all(tokenizer: Any, texts: Iterable[str], fraction: float) -> Iterator[Piece]:
+    """`encode` of many documents."""
     empty = tokenizer("")["input_ids"]
     head = min(1, len(empty))
-    body = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    return Piece([*empty[:head], *body, *empty[head:]], head, len(empty) - head, fraction)
+    for body in batches.token_ids(tokenizer, texts):
+        yield Piece([*empty[:head], *body, *empty[head:]], head, len(empty) - head, fraction)
 
 
 def pieces(whole: Piece, max_length: int) -> list[Piece]:

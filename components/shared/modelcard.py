@@ -48,6 +48,29 @@ class BaseModelRef(BaseModel):
         return sources.model_folder(self.uri, store, self.revision)
 
 
+class DomainPhase(BaseModel):
+    """Domain text that the model learnt before its task.
+
+    Args:
+        source: as the pipeline file names it.
+        documents_digest: sha256 of the documents that were trained on, as the train artifact has them.
+        objective: by which.
+        documents: how many.
+        steps: optimizer updates.
+        base_eval_loss: of the base on documents of eval, in nats.
+        eval_loss: after the phase.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    source: str
+    documents_digest: str
+    objective: str
+    documents: int
+    steps: int
+    base_eval_loss: float
+    eval_loss: float
+
+
 class ModelCard(BaseModel):
     """Facts that whoever loads the model must follow.
 
@@ -57,7 +80,9 @@ class ModelCard(BaseModel):
             base), `addon` (one that stays beside it, see shared/addons.py) or `onnx` (model.onnx, int8, with
             the tokenizer files).
         base_model: what it was tuned from.
+        first: see DomainPhase; None where the task is all it learnt.
         reward_model: what judged its answers in training; None for none.
+        teacher: what it was distilled from; None for nothing.
         quantised: what the base's layers were held in while the adapter was trained; None for no less than
             they are stored in.
         labels: class names (of a token-classification model its tags) in logit order; empty where there are
@@ -71,6 +96,7 @@ class ModelCard(BaseModel):
             and a text; None for others.
         trainable_weights: how many weights training moved.
         total_weights: how many there are.
+        chosen: settings of train that a search chose, by name; empty without one.
         retention: in nats, the loss on the retention set, the base's, and the increase; empty without one.
         mlflow_run: id of the MLflow run of the training; empty without tracking.
         reference: what it was trained on, for drift; None for a model of before there was one.
@@ -80,7 +106,9 @@ class ModelCard(BaseModel):
     task: Task
     layout: Literal["transformers", "peft", "addon", "onnx"]
     base_model: BaseModelRef
+    first: DomainPhase | None = None
     reward_model: BaseModelRef | None = None
+    teacher: BaseModelRef | None = None
     quantised: Literal["nf4"] | None = None
     labels: list[str] = []
     scale: Scale | None = None
@@ -91,6 +119,7 @@ class ModelCard(BaseModel):
     preprocess_probe: dict[str, Any] | None = None
     trainable_weights: int
     total_weights: int
+    chosen: dict[str, Any] = {}
     retention: dict[str, float] = {}
     mlflow_run: str = ""
     reference: Reference | None = None

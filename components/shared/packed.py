@@ -10,7 +10,8 @@ cumulative lengths.)
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
@@ -50,6 +51,19 @@ def use(model: Any) -> None:
 def used(model: Any) -> bool:
     """Whether a model takes inputs of `lay`."""
     return bool(model.config.get_text_config()._attn_implementation == ATTENTION)
+
+
+@contextmanager
+def unpacked(model: Any) -> Iterator[None]:
+    """While it lasts a model takes padded batches, and a cache, in place of examples laid end to end."""
+    before = used(model)
+    if before:
+        model.set_attn_implementation("sdpa")
+    try:
+        yield
+    finally:
+        if before:
+            use(model)
 
 
 def lay(rows: Sequence[Sequence[int]], device: Any) -> dict[str, Any]:

@@ -33,8 +33,8 @@ from components.shared.store import Store
 
 log = logging.getLogger("tuneyard.stage")
 
-# What a stage keeps in the store below work/<stage>/<key>/ until it has committed: checkpoints, slices.
-_KEPT = ("step-", "slice-")
+# What a stage keeps in the store below work/<stage>/<key>/ until it has committed.
+_KEPT = ("step-", "slice-", "trial-")
 
 
 @dataclass(frozen=True)

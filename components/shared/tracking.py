@@ -44,20 +44,27 @@ def start_run(experiment: str, name: str, params: Mapping[str, Any], tags: Mappi
     """
     if not tracking_uri():
         return ""
-    from mlflow.entities import Param
-
     mlflow = client()
-    flat = {key: str(value) for key, value in _flat(params).items()}
     short_tags = {key: str(value)[:_TAG_CHARACTERS] for key, value in tags.items()}
     experiment_id = _experiment(experiment)
     run = attempt("starting a run", lambda: mlflow.create_run(experiment_id, tags=short_tags, run_name=name))
     run_id = str(run.info.run_id)
+    log_settings(run_id, params)
+    return run_id
+
+
+def log_settings(run_id: str, params: Mapping[str, Any]) -> None:
+    """Log settings, as `start_run` does; one that is logged again must be as it was."""
+    if not run_id:
+        return
+    from mlflow.entities import Param
+
+    flat = {key: str(value) for key, value in _flat(params).items()}
     rows = [Param(key, value[:_PARAM_CHARACTERS]) for key, value in flat.items()]
-    attempt("logging settings", partial(mlflow.log_batch, run_id, params=rows))
+    attempt("logging settings", partial(client().log_batch, run_id, params=rows))
     for key, value in flat.items():
         if len(value) > _PARAM_CHARACTERS:
             log_artifact_text(run_id, f"long_params/{key}.txt", value)
-    return run_id
 
 
 def log_metrics(run_id: str, metrics: Mapping[str, float], step: int = 0) -> None:

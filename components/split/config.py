@@ -18,6 +18,8 @@ class SplitConfig(Settings):
         group_by: a column; examples that share its value stay on one side.
         test_source: the source's own test split: s3:// prefix, path, glob or Hugging Face id.
         seed: moves every example to another side with it.
+        max_domain_leaks: largest fraction (0-1) of the documents of domain text (train.first) that may hold
+            an example of eval or test; each of them is left out.
         max_kl_nats: largest Kullback-Leibler divergence of a side from the whole; a side so small that chance
             alone exceeds it is held to what chance explains.
     """
@@ -27,6 +29,7 @@ class SplitConfig(Settings):
     group_by: str | None = None
     test_source: str | None = None
     seed: int = 42
+    max_domain_leaks: float = Field(0.05, ge=0, le=1)
     max_kl_nats: float = Field(0.1, gt=0)
 
     @model_validator(mode="after")

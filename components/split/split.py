@@ -20,6 +20,7 @@ from typing import Any
 from components.shared import examples, jsonl, media
 from components.shared.errors import TuneyardError
 from components.shared.stage import Artifact, Context, Result
+from components.split import domain
 from components.split.config import SplitConfig
 
 log = logging.getLogger("tuneyard.split")
@@ -184,6 +185,7 @@ def _page(summary: Mapping[str, Any], config: SplitConfig) -> str:
             "also stands in eval or test."
         )
     notes += [f"{sentence} (in brackets: how many there are)." for sentence in _absences(summary, config)]
+    notes += domain.notes(summary["domain"]) if "domain" in summary else []
     return (
         "<!doctype html><meta charset=utf-8><title>split</title><style>body{font:15px system-ui;margin:2em}"
         "td,th{padding:.3em 1em;border-bottom:1px solid #ddd;text-align:left}</style><h1>Split</h1>"
@@ -221,8 +223,12 @@ def split(config: SplitConfig, inputs: Mapping[str, Artifact], context: Context)
         media.carry(sides[side], inputs["examples"].path, context.out / side)
         metadata[side] = {"dataset_type": dataset_type, "count": len(sides[side]), "side": side}
     jsonl.write(context.out / "train" / "removed_as_leak.jsonl", removed)
+    if (inputs["examples"].path / examples.DOMAIN).exists():
+        summary["domain"] = _domain(sides, config, inputs["examples"], context)
     (context.out / "page.html").write_text(_page(summary, config))
     stop, todo = _judge(summary, config)
+    if not stop and "domain" in summary:
+        stop, todo = domain.faults(summary["domain"], config)
     measured = {(n, s): kl for n, values in summary["kl_nats"].items() for s, kl in values.items()}
     return Result(
         kinds=dict.fromkeys(SIDES, "dataset"),
@@ -234,6 +240,15 @@ def split(config: SplitConfig, inputs: Mapping[str, Artifact], context: Context)
         stop=stop,
         stop_todo=todo,
     )
+
+
+def _domain(
+    sides: Mapping[str, list[dict[str, Any]]], config: SplitConfig, ingested: Artifact, context: Context
+) -> dict[str, Any]:
+    """Divide the domain text, whose documents have no groups and no test side."""
+    alone = config.model_copy(update={"group_by": None})
+    documents = list(jsonl.read(ingested.path / examples.DOMAIN))
+    return domain.divide(documents, sides, lambda row: side_of(row, alone, own_test=True), context.out)
 
 
 def _judge(summary: Mapping[str, Any], config: SplitConfig) -> tuple[str, str]:

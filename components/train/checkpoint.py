@@ -108,9 +108,14 @@ def _steps(folder: Path) -> list[Path]:
     return sorted(found, key=lambda p: -int(p.name[5:]))
 
 
-def newest(folder: Path) -> tuple[Path, dict[str, Any]] | None:
-    """The newest whole checkpoint and its state, or None. A damaged one is named and passed over."""
-    for path in _steps(folder):
+def newest(folder: Path, after: int = 0) -> tuple[Path, dict[str, Any]] | None:
+    """The newest whole checkpoint and its state, or None. A damaged one is named and passed over.
+
+    Args:
+        folder: of checkpoints.
+        after: those of later steps alone: where a second phase begins.
+    """
+    for path in (path for path in _steps(folder) if int(path.name[5:]) > after):
         try:
             state = json.loads((path / "state.json").read_text())
             bad = [name for name, sha in state["files"].items() if digest.of_file(path / name) != sha]

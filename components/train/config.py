@@ -9,7 +9,9 @@ from pydantic import Field, model_validator
 from components.shared import tasks
 from components.shared.settings import Settings
 from components.train.adapters.config import KINDS, AdapterConfig
+from components.train.first import First, filled, phase
 from components.train.objectives.config import ObjectiveConfig
+from components.train.search.config import SearchConfig
 
 
 class EarlyStopping(Settings):
@@ -19,6 +21,17 @@ class EarlyStopping(Settings):
     min_delta: float = Field(0.001, ge=0)
 
 
+# What to do where the objective cannot follow domain text in the same pipeline.
+_BEFORE_IT = (
+    "it is measured against its base: train domain text and sft first, and name that model as base_model"
+)
+_INSTEAD = {
+    "dpo": _BEFORE_IT,
+    "ppo": _BEFORE_IT,
+    "language-modeling": "put both sources into one corpus, or train twice",
+    "masked-language-modeling": "put both sources into one corpus, or train twice",
+    "seq2seq": "an encoder-decoder has no objective for documents",
+}
 # Objectives that implement `outputs`: the base, without a new head, predicts the same.
 _PREDICTED = ("sft",)
 
@@ -80,6 +93,7 @@ class TrainConfig(Settings):
         precision: `auto` is bfloat16 where the processor computes in it and the adapter learns in it, else
             float32.
         gradient_checkpointing: trade a third more arithmetic for activation memory.
+        first: domain text that is learnt before the task, see First; null for none.
         retain: what must not be forgotten, see Retain; null for nothing.
         early_stopping: see EarlyStopping; null switches it off.
         eval_steps: optimizer updates between evaluations on eval; None: ten times in the run.
@@ -87,6 +101,7 @@ class TrainConfig(Settings):
         keep_checkpoints: how many are kept.
         eval_examples: how many examples of eval are judged each time, the first by id.
         seed: of data order, initialisation and dropout.
+        search: trainings with other settings, of which the best goes on, see search/config.py; null for one.
     """
 
     objective: ObjectiveConfig
@@ -109,6 +124,7 @@ class TrainConfig(Settings):
     max_over_length: float = Field(0.05, ge=0, le=1)
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     gradient_checkpointing: bool = False
+    first: First | None = None
     retain: Retain | None = None
     early_stopping: EarlyStopping | None = EarlyStopping()
     eval_steps: int | None = Field(None, ge=1)
@@ -116,6 +132,7 @@ class TrainConfig(Settings):
     checkpoint_steps: int = Field(50, ge=1)
     keep_checkpoints: int = Field(3, ge=1)
     seed: int = 42
+    search: SearchConfig | None = None
 
     def external_uris(self) -> list[str]:
         """The base model, and whatever else the objective reads."""
@@ -124,6 +141,11 @@ class TrainConfig(Settings):
     def external_datasets(self) -> list[str]:
         """The retention set."""
         return [self.retain.source] if self.retain else []
+
+    def first_phase(self) -> TrainConfig:
+        """The settings of the first phase; only where there is one."""
+        assert self.first is not None
+        return TrainConfig.model_validate(self.model_dump() | phase(self.first))
 
     @property
     def peak_rate(self) -> float:
@@ -142,7 +164,46 @@ class TrainConfig(Settings):
         return self
 
     @model_validator(mode="after")
+    def _phases_fit(self) -> TrainConfig:
+        """One message with all faults of `first`, and whatever its own settings do not go with."""
+        if self.first is None:
+            return self
+        kind, after = self.objective.kind, tasks.OBJECTIVES[self.objective.kind].after
+        faults = []
+        if not after:
+            faults.append(f"first: no domain text before {kind}; {_INSTEAD.get(kind, 'drop it')}")
+        elif self.first.objective.kind not in after:
+            faults.append(
+                f"first.objective {self.first.objective.kind} does not go before {kind}; "
+                f"it may be {' or '.join(after)}"
+            )
+        if self.search:
+            faults.append(
+                "first and search do not go together: search for the settings of the second phase without "
+                "first, and then name them"
+            )
+        if self.retain and (self.retain.ewc or self.retain.distil_from_base):
+            faults.append(
+                "retain.ewc and retain.distil_from_base hold the model to its base, and would undo what "
+                "first taught; use retain.replay"
+            )
+        if self.adapter.kind in ("prompt", "prefix", "p_tuning_v2"):
+            faults.append(
+                f"first: a soft prompt ({self.adapter.kind}) says what to do, and holds no domain text; "
+                "choose another adapter"
+            )
+        if faults:
+            raise ValueError("; ".join(faults))
+        self.first_phase()
+        return self
+
+    @model_validator(mode="after")
     def _rate_known(self) -> TrainConfig:
+        if self.learning_rate == "auto" and self.objective.kind in tasks.ANSWERING:
+            raise ValueError(
+                f"learning_rate: auto cannot go with {self.objective.kind}, whose loss is of answers "
+                "that are yet to be drawn: set a number"
+            )
         if self.learning_rate == "auto" and self.objective.kind == "multi-task":
             raise ValueError(
                 "learning_rate: auto cannot go with multi-task, whose weights of tasks have a rate of their "
@@ -156,22 +217,32 @@ class TrainConfig(Settings):
         """Fill in what depends on other settings, so that a resolved pipeline file shows it."""
         if not isinstance(raw, dict):
             return raw
-        filled = dict(raw)
+        found = dict(raw)
         for axis in ("objective", "adapter"):
-            if isinstance(filled.get(axis), str):
-                filled[axis] = {"kind": filled[axis]}
-        usual = tasks.trait(filled.get("objective"))
-        if filled.get("adapter") is None:
-            filled["adapter"] = {"kind": usual.adapter if usual else "full"}
-        if filled.get("learning_rate") is None:
-            adapter = filled["adapter"]
+            if isinstance(found.get(axis), str):
+                found[axis] = {"kind": found[axis]}
+        usual = tasks.trait(found.get("objective"))
+        cut_out = isinstance(found.get("objective"), dict) and found["objective"].get("student")
+        if cut_out and found.get("base_model") is None:
+            found["base_model"] = found["objective"].get("teacher")
+        if found.get("adapter") is None:
+            found["adapter"] = {"kind": usual.adapter if usual and not cut_out else "full"}
+        named = found["objective"].get("kind") if isinstance(found.get("objective"), dict) else None
+        wrapped = found["adapter"] if isinstance(found["adapter"], dict) else {}
+        if named in tasks.ANSWERING and wrapped.get("kind") in ("lora", "qlora"):
+            found["adapter"] = {"dropout": 0.0, **wrapped}  # they compute without
+        if found.get("learning_rate") is None:
+            adapter = found["adapter"]
             kind = adapter.get("kind") if isinstance(adapter, dict) else getattr(adapter, "kind", None)
-            filled["learning_rate"] = KINDS[kind if kind in KINDS else "full"].usual_rate
-        if filled.get("over_length") is None and usual:
-            filled["over_length"] = "split" if usual.splits else "drop"
-        if filled.get("epochs") is None and filled.get("max_steps") is None:
-            filled["epochs"] = 3.0
-        return filled
+            found["learning_rate"] = KINDS[kind if kind in KINDS else "full"].usual_rate
+        if found.get("over_length") is None and usual:
+            found["over_length"] = "split" if usual.splits else "drop"
+        if found.get("epochs") is None and found.get("max_steps") is None:
+            found["epochs"] = 3.0
+        if found.get("first") is not None:
+            defaults = {name: field.default for name, field in cls.model_fields.items()}
+            found["first"] = filled(found["first"], defaults | found, usual)
+        return found
 
     @model_validator(mode="after")
     def _over_length(self) -> TrainConfig:
@@ -188,6 +259,16 @@ class TrainConfig(Settings):
             raise ValueError(
                 f"label_smoothing ({self.label_smoothing:g}) means nothing to {self.objective.kind}, "
                 "which has no labels; drop it"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _whole_student(self) -> TrainConfig:
+        adapter = self.adapter
+        if getattr(self.objective, "student", None) and (adapter.frozen or adapter.beside):
+            raise ValueError(
+                f"a student of some layers has no base that adapter {adapter.kind} could be put on again: "
+                "use full, last_layers or progressive"
             )
         return self
 

@@ -90,6 +90,7 @@ def page(
     counts: Mapping[str, Mapping[str, int]],
     findings: Sequence[Finding],
     range_test: Mapping[str, Any],
+    before: Sequence[Mapping[str, float]] = (),
 ) -> str:
     """A page that needs nothing from a network.
 
@@ -98,7 +99,8 @@ def page(
         card: of the model.
         counts: side -> what became of its examples.
         findings: of the diagnosis.
-        range_test: of fit.Fit.
+        range_test: of ongoing.Fit.
+        before: the rows of a first phase, with that of step 0.
     """
     rows = "".join(
         f"<tr><td>{html.escape(side)}<td>" + html.escape(", ".join(f"{n} {c}" for n, c in sorted(of.items())))
@@ -112,10 +114,25 @@ def page(
         f"<h1>Training</h1><p>{card.trainable_weights:,} of {card.total_weights:,} weights "
         f"moved ({share:.2f}%), "
         f"base {html.escape(card.base_model.uri)}.</p><table>{rows}</table>"
+        + (_first(card, before) if before else "")
         + _findings(findings)
         + _charts(history)
         + (_range_test(range_test) if range_test else "")
     )
+
+
+def _first(card: ModelCard, before: Sequence[Mapping[str, float]]) -> str:
+    """The first phase in short."""
+    first = card.first
+    said = (
+        f"<p>{first.objective} on {first.documents} documents of {html.escape(first.source)}, "
+        f"{first.steps} steps: {first.base_eval_loss:.3f} to {first.eval_loss:.3f} nats on its eval.</p>"
+        if first
+        else ""
+    )
+    charts = chart(before, ("loss", "eval_loss"), "First phase: loss (nats)")
+    charts += chart(before, ("grad_norm",), "First phase: gradient norm before clipping")
+    return f"<h2>First phase: domain text</h2>{said}{charts}"
 
 
 def _range_test(found: Mapping[str, Any]) -> str:

@@ -23,7 +23,7 @@ class Ledger:
     """What became of every example and its tokens; the counts add up to what came in.
 
     Args:
-        counts: `kept`, `cut`, `split`, `dropped` -> examples.
+        counts: `kept`, `cut`, `split`, `dropped`, `unanswered` -> examples.
         tokens: `kept`, `removed` -> tokens.
         rows: one for each example that was not kept whole: id, origin, action, tokens, max_length, and
             `pieces` of one that was split.
@@ -46,9 +46,15 @@ class Ledger:
         self.tokens["kept"] += after
         self.tokens["removed"] += before - after
         if action != "kept":
-            row = {"id": example["id"], "origin": example["origin"], "action": action}
+            row: dict[str, Any] = {"id": example["id"], "origin": example["origin"], "action": action}
             row |= {"tokens": before, "max_length": limit} | ({"pieces": pieces} if pieces else {})
             self.rows.append(row)
+
+    def leave_out(self, rows: Sequence[dict[str, Any]]) -> None:
+        """Account for examples that were not even encoded: rows of the ledger, each with its own action."""
+        self.counts.update(row["action"] for row in rows)
+        self.tokens["removed"] += sum(row["tokens"] for row in rows)
+        self.rows += rows
 
 
 def fit_lengths(

@@ -57,6 +57,7 @@ def settle(
     precision: causal.Precision,
     folder: Path,
     ranks: Ranks = ALONE,
+    before: int = 0,
 ) -> Found:
     """The learning rate where settings say `auto`: what an earlier attempt found, or by a range test.
 
@@ -67,12 +68,13 @@ def settle(
         precision: to compute in.
         folder: of the checkpoints; what was found is kept there.
         ranks: the processes. Where there are several, what is found is kept in checkpoints alone.
+        before: updates of an earlier phase.
     """
     if config.learning_rate != "auto":
         return Found()
-    newest = checkpoint.newest(folder)
+    newest = checkpoint.newest(folder, before)
     known = newest[1]["state"]["range_test"] if newest else None
-    note = folder / _NOTE
+    note = folder / (f"after-{before}-{_NOTE}" if before else _NOTE)
     if known is None and ranks.count == 1 and note.exists():
         known = json.loads(note.read_text())
     if known is not None:
@@ -84,7 +86,7 @@ def settle(
     log.info("train: learning rate %.2g, by a range test of %d steps", found.rate, len(curve))
     if ranks.count == 1:
         folder.mkdir(parents=True, exist_ok=True)
-        aside = folder / f".{_NOTE}"
+        aside = folder / f".{note.name}"
         aside.write_text(json.dumps({"rate": found.rate, "curve": curve}))
         os.replace(aside, note)
     return found

@@ -5,130 +5,23 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from components.shared import causal, clock, interrupts
-from components.shared.errors import TuneyardError
+from components.shared import causal, clock
 from components.shared.progress import Progress
-from components.train import checkpoint, measures
+from components.train import checkpoint, measures, shards
 from components.train.config import TrainConfig
 from components.train.diagnostics import Watch
 from components.train.objectives.base import Objective
+from components.train.ongoing import Fit, Ongoing
 from components.train.plan import Plan, plan
 from components.train.ranks import ALONE, Ranks
 from components.train.update import autocast, make_optimizer, timed_update
 
 log = logging.getLogger("tuneyard.train")
-
-
-@dataclass
-class Fit:
-    """How a fit went.
-
-    Args:
-        history: a row for each update, with its time in seconds since the epoch, and eval_loss where it was
-            evaluated.
-        base_loss: loss on eval before the first update.
-        best_loss: the lowest loss on eval, after update `best_step`.
-        stale: evaluations in a row that did not improve on it.
-        stopped_early: whether that ended the fit.
-        base_retention_loss: loss on the retention set before the first update; NaN where there is none.
-        range_test: `rate` and `curve`, see finder.Found, where the learning rate was looked for.
-    """
-
-    history: list[dict[str, float]] = field(default_factory=list)
-    base_loss: float = math.inf
-    best_loss: float = math.inf
-    best_step: int = 0
-    stale: int = 0
-    stopped_early: bool = False
-    base_retention_loss: float = math.nan
-    range_test: dict[str, Any] = field(default_factory=dict)
-
-
-@dataclass
-class Ongoing:
-    """A fit between two updates: all that a checkpoint holds.
-
-    Args:
-        model: with the weights after the last update.
-        optimizer: of them.
-        state: how it went so far; its history has a row for each update.
-        best: weights of the best evaluation.
-        random: random state after the last update.
-        saved: updates in the newest checkpoint.
-        tokens: trained on by this process.
-        seconds: that took.
-    """
-
-    model: Any
-    optimizer: Any
-    state: Fit
-    best: Mapping[str, Any]
-    random: Mapping[str, Any]
-    saved: int
-    tokens: int = 0
-    seconds: float = 0.0
-
-    @property
-    def done(self) -> int:
-        """Updates done."""
-        return len(self.state.history)
-
-    def note(self, row: dict[str, float], tokens: int, seconds: float) -> None:
-        """Take note of an update, together with which this must be done or not at all."""
-        self.tokens += tokens
-        self.seconds += seconds
-        speed = self.tokens / self.seconds
-        of_step = {"step_tokens": tokens, "step_seconds": seconds}
-        self.state.history.append({**row, **of_step, "time": time.time(), "tokens_per_second": speed})
-        self.random = checkpoint.random_state()
-
-    def due(self, every: int, total: int) -> bool:
-        """Whether the last update is to be followed by an evaluation that has not been yet."""
-        if not self.done or "eval_loss" in self.state.history[-1]:
-            return False
-        return self.done % every == 0 or self.done == total
-
-    def judge(self, config: TrainConfig, eval_loss: float, **notes: float) -> None:
-        """Take note of an evaluation, and of what it does to best weights and patience."""
-        row, state, loss = self.state.history[-1], self.state, eval_loss
-        if not math.isfinite(loss):
-            raise TuneyardError(
-                f"train: the eval loss is {loss} after step {self.done}",
-                "lower train.learning_rate, or set train.precision: float32",
-            )
-        stopping = config.early_stopping
-        with interrupts.held():
-            row |= {"eval_loss": loss, **notes}
-            improved = loss < state.best_loss - (stopping.min_delta if stopping else 0)
-            state.stale = 0 if improved else state.stale + 1
-            state.stopped_early = bool(stopping and state.stale >= stopping.patience)
-            if loss < state.best_loss:
-                state.best_loss, state.best_step = loss, self.done
-                self.best = checkpoint.copy_weights(self.model)
-        if state.stopped_early:
-            log.info("train: eval loss has not fallen in %d evaluations; stopped early", state.stale)
-
-    def save(self, folder: Path, config: TrainConfig) -> Path:
-        """Write a checkpoint. Returns its folder."""
-        path = checkpoint.save(
-            folder,
-            self.done,
-            self.model,
-            self.optimizer,
-            self.best,
-            asdict(self.state),
-            config.keep_checkpoints,
-            self.random,
-        )
-        self.saved = self.done
-        return path
 
 
 def eval_loss(
@@ -142,7 +35,7 @@ def eval_loss(
     import torch
 
     objective.model.eval()
-    batches = causal.by_length([len(e) for e in encoded], config.per_device_batch_size * config.max_length)
+    batches = causal.by_length(shards.lengths(encoded), config.per_device_batch_size * config.max_length)
     with clock.arithmetic(), torch.inference_mode(), autocast(precision):
         total = objective.judged_loss(encoded, batches, ranks)
     objective.model.train()
@@ -159,6 +52,8 @@ def fit(
     report: Callable[[list[dict[str, float]], bool], None],
     ranks: Ranks = ALONE,
     saved: Callable[[Path], None] = lambda _: None,
+    first: Mapping[str, Any] | None = None,
+    more: bool = False,
 ) -> Fit:
     """Fit the model; at the end it holds the weights of the best evaluation.
 
@@ -172,16 +67,21 @@ def fit(
         report: receives the history after each update, and at the end with True.
         ranks: the processes that do this together, each calling this with the same arguments.
         saved: receives the folder of each checkpoint, in the process that writes.
+        first: of a second phase, how the first one went (see Fit).
+        more: whether another phase follows, so that the end is kept as a checkpoint too.
 
     Raises:
         TuneyardError: the loss is not finite.
     """
-    made = plan(objective, train, config, precision, folder, ranks)
-    judge = partial(_judge, objective, evaluation, made.config, precision, ranks)
-    now = _begin(folder, objective.model, made, judge)
+    start = Fit(first=dict(first or {}))
+    made = plan(objective, train, config, precision, folder, ranks, start.before)
+    judge = partial(judged, objective, evaluation, made.config, precision, ranks)
+    now = _begin(folder, objective.model, made, judge, start)
     save = partial(_save, now, folder, config, ranks, saved)
     with _saved_when_interrupted(save):
         _run(objective, now, made, precision, ranks, judge, report, save)
+        if more:
+            save()
     report(now.state.history, True)
     return _finish(objective.model, now.best, now.state)
 
@@ -217,7 +117,7 @@ def _run(
         _show(progress, now.state, ranks)
 
 
-def _judge(
+def judged(
     objective: Objective,
     evaluation: Sequence[Any],
     config: TrainConfig,
@@ -273,18 +173,21 @@ def _show(progress: Progress, state: Fit, ranks: Ranks) -> None:
     progress.advance(loss=f"{row['loss']:.3f}", eval=evaluated, speed=speed)
 
 
-def _begin(folder: Path, model: Any, made: Plan, judge: Callable[[], dict[str, float]]) -> Ongoing:
-    """The start, or where the newest whole checkpoint leaves off."""
+def _begin(
+    folder: Path, model: Any, made: Plan, judge: Callable[[], dict[str, float]], state: Fit
+) -> Ongoing:
+    """The start, or where the newest whole checkpoint of this phase leaves off."""
     import torch
 
     torch.manual_seed(made.config.seed)
     optimizer = make_optimizer(model, made.config)
     model.train()
-    found = checkpoint.newest(folder)
+    found = checkpoint.newest(folder, state.before)
     if found is None:
         losses = judge()
-        state = Fit(base_loss=losses["eval_loss"], range_test=made.range_test)
-        state.base_retention_loss = losses.get("retention_loss", math.nan)
+        state.base_loss, state.range_test = losses["eval_loss"], made.range_test
+        original = state.first["original"] if state.first else losses
+        state.base_retention_loss = original.get("retention_loss", math.nan)
         return Ongoing(model, optimizer, state, {}, checkpoint.random_state(), saved=0)
     best = checkpoint.load(found[0], model, optimizer)
     log.info("train: resuming after step %d", found[1]["step"])

@@ -8,11 +8,26 @@ from pathlib import Path
 from typing import Any
 
 from components.shared import causal
-from components.train import finder, retention
+from components.train import finder, retention, shards
 from components.train.config import TrainConfig
 from components.train.data import schedule_batches
 from components.train.objectives.base import Objective
 from components.train.ranks import Ranks
+
+
+class Updates(Sequence[Any]):
+    """The examples of each update, made when it is asked for: they may be on disk."""
+
+    def __init__(self, examples: Sequence[Any], steps: Sequence[Sequence[Sequence[int]]]) -> None:
+        self._examples, self._steps = examples, steps
+
+    def __len__(self) -> int:
+        return len(self._steps)
+
+    def __getitem__(self, at: Any) -> Any:
+        if isinstance(at, slice):
+            return [self[i] for i in range(*at.indices(len(self)))]
+        return [[self._examples[i] for i in micro] for micro in self._steps[at]]
 
 
 @dataclass(frozen=True)
@@ -37,13 +52,17 @@ def plan(
     precision: causal.Precision,
     folder: Path,
     ranks: Ranks,
+    before: int = 0,
 ) -> Plan:
-    """The plan of a fit: the same whenever it is made anew. Arguments as those of `fit`."""
-    steps = schedule_batches([len(e) for e in train], config, objective.packs)
-    updates = [[[train[i] for i in micro] for micro in update] for update in steps]
-    if objective.retained and config.retain:
+    """The plan of a fit: the same whenever it is made anew. Arguments as those of `fit`.
+
+    `before` says how many updates an earlier phase made.
+    """
+    steps = schedule_batches(shards.lengths(train), config, objective.packs)
+    updates: Sequence[Any] = Updates(train, steps)
+    if objective.retained and config.retain and config.retain.replay:
         updates = retention.replayed(updates, objective.retained.kept, config.retain.replay, config)
-    found = finder.settle(objective, updates, config, precision, folder, ranks)
+    found = finder.settle(objective, updates, config, precision, folder, ranks, before)
     if not found.rate:
         return Plan(updates, config, {})
     return Plan(updates, config.model_copy(update={"learning_rate": found.rate}), asdict(found))

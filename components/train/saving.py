@@ -19,8 +19,8 @@ from components.train.adapters.applying import addon_of
 from components.train.adapters.config import QloraAdapter
 from components.train.config import TrainConfig
 from components.train.data import Ledger
-from components.train.fit import Fit
 from components.train.objectives.base import Objective
+from components.train.ongoing import Fit
 
 
 def card(
@@ -122,10 +122,14 @@ def describe(
     start = {"step": 0, "eval_loss": result.base_loss, "retention_loss": result.base_retention_loss}
     curve = [{name: value for name, value in start.items() if not math.isnan(value)}, *result.history]
     jsonl.write(ledger / "history.jsonl", curve)
+    first = result.first
+    before = [{"step": 0, "eval_loss": first["base_loss"]}, *first["history"]] if first else []
+    if first:
+        jsonl.write(ledger / "first_history.jsonl", before)
     page = context.out / "page.html"
     counts = {side: dict(kept.counts) for side, kept in ledgers.items()}
     found = diagnostics.diagnose(result.history, result.base_loss)
-    page.write_text(curves.page(curve, card, counts, found, result.range_test))
+    page.write_text(curves.page(curve, card, counts, found, result.range_test, before))
     with contextlib.suppress(TuneyardError):
         tracking.log_artifact_text(run_id, "training.html", page.read_text())
     return Result(
@@ -134,7 +138,8 @@ def describe(
         metrics={
             "train_loss": result.history[-1]["loss"],
             "eval_loss": result.best_loss,
-            "base_eval_loss": result.base_loss,
+            "base_eval_loss": first["original"]["eval_loss"] if first else result.base_loss,
+            **(_of_first(result) if first else {}),
             "tokens_per_second": result.history[-1]["tokens_per_second"],
             "trainable_fraction": card.trainable_weights / card.total_weights,
             **card.retention,
@@ -145,8 +150,18 @@ def describe(
     )
 
 
+def _of_first(result: Fit) -> dict[str, float]:
+    """What the first phase did: to its documents of eval, and to the task's eval before it was trained."""
+    return {
+        "first_base_eval_loss": result.first["base_loss"],
+        "first_eval_loss": result.first["best_loss"],
+        "eval_loss_after_first": result.base_loss,
+    }
+
+
 def _summary(result: Fit, ledgers: Mapping[str, Ledger], card: ModelCard) -> dict[str, Any]:
     return {
+        **({"first": _phase(result.first)} if result.first else {}),
         "steps": len(result.history),
         "best_step": result.best_step,
         "stopped_early": result.stopped_early,
@@ -157,4 +172,16 @@ def _summary(result: Fit, ledgers: Mapping[str, Ledger], card: ModelCard) -> dic
         **{side: kept.parts for side, kept in ledgers.items() if kept.parts},
         "trainable_weights": card.trainable_weights,
         "total_weights": card.total_weights,
+    }
+
+
+def _phase(first: Mapping[str, Any]) -> dict[str, Any]:
+    """The first phase in the summary; its examples and tokens are among those of the sides."""
+    found = diagnostics.diagnose(first["history"], first["base_loss"])
+    return {
+        "steps": len(first["history"]),
+        "best_step": first["best_step"],
+        "stopped_early": first["stopped_early"],
+        "learning_rate": max(row["learning_rate"] for row in first["history"]),
+        "findings": [asdict(one) for one in found],
     }

@@ -27,6 +27,8 @@ _LOSS = {"float32": 1e-4, "bfloat16": 0.015}
 _GRADIENT = {"float32": 1e-3, "bfloat16": 0.1}
 _EXAMPLES = 3
 _TOKENS = 256
+# The padded reference holds all logits: not so many that the check needs more memory than the training.
+_LOGITS = 2**25
 
 
 def check(
@@ -49,21 +51,8 @@ def check(
     Raises:
         TuneyardError: some are larger than rounding explains; says which, and all numbers.
     """
-    chosen = _chosen(encoded)
-    found: dict[str, float] = {}
-    limits: dict[str, float] = {}
-    with _calm(objective.model), clock.arithmetic(), autocast(precision):
-        chosen = list(objective.rehearsed(chosen))
-        together, gradient = _loss(objective, objective.summed_loss, [chosen])
-        if objective.separable:
-            alone, split = _loss(objective, objective.summed_loss, [[e] for e in chosen])
-            found["micro_batches_loss"] = _relative(alone, together)
-            found["micro_batches_gradient"] = _distance(split, gradient)
-        if objective.plain_loss is not None:
-            with _attention(objective.model, "eager"):
-                plain, expected = _loss(objective, objective.plain_loss, [chosen])
-            found["plain_loss"] = _relative(plain, together)
-            found["plain_gradient"] = _distance(expected, gradient)
+    chosen = choose(encoded, objective.model)
+    found = measure(objective, chosen, precision)
     limits = {name: objective.rounding * _limit(name, precision) for name in found}
     faults = [
         f"{_MEANING[name]}: they differ by {value:.2%}, rounding explains {limits[name]:.2%}"
@@ -93,14 +82,37 @@ def _limit(name: str, precision: causal.Precision) -> float:
     return (_GRADIENT if name.endswith("gradient") else _LOSS)[precision]
 
 
-def _chosen(encoded: Sequence[Any]) -> list[Any]:
-    """Examples of different length from the shorter half, within some hundred tokens."""
-    by_length = sorted(encoded, key=len)
-    places = [0, len(by_length) // 4, len(by_length) // 2]
-    found = [by_length[at] for at in dict.fromkeys(places)]
-    while len(found) > 2 and sum(map(len, found)) > _TOKENS:
-        found.pop()
+def measure(objective: Objective, chosen: Sequence[Any], precision: causal.Precision) -> dict[str, float]:
+    """Relative differences, by name, of loss and gradient computed in ways that must agree."""
+    found: dict[str, float] = {}
+    with _calm(objective.model), clock.arithmetic(), autocast(precision):
+        chosen = list(objective.rehearsed(chosen))
+        together, gradient = _loss(objective, objective.summed_loss, [chosen])
+        if objective.separable:
+            alone, split = _loss(objective, objective.summed_loss, [[e] for e in chosen])
+            found["micro_batches_loss"] = _relative(alone, together)
+            found["micro_batches_gradient"] = _distance(split, gradient)
+        if objective.plain_loss is not None:
+            with _attention(objective.model, "eager"):
+                plain, expected = _loss(objective, objective.plain_loss, [chosen])
+            found["plain_loss"] = _relative(plain, together)
+            found["plain_gradient"] = _distance(expected, gradient)
     return found
+
+
+def choose(encoded: Sequence[Any], model: Any) -> list[Any]:
+    """Some of different length: up to the median's, or shorter where their tokens or logits are many."""
+    vocabulary = getattr(model.config.get_text_config(), "vocab_size", 1)
+    by_length = sorted(encoded, key=len)
+    farthest = len(by_length) // 2
+    while True:
+        places = dict.fromkeys([0, farthest // 2, farthest])
+        found = [by_length[at] for at in places]
+        padded = len(found) * len(found[-1])
+        few = sum(map(len, found)) <= _TOKENS and padded * vocabulary <= _LOGITS
+        if few or farthest <= 1:
+            return found
+        farthest //= 2
 
 
 @contextmanager

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from typing import Any
 
+from components.shared import examples as dataset
 from components.shared import jsonl
 from components.shared.stage import Artifact, Context, Result
 from components.validate import columns, distributions, judge, page, quarantine, suite
@@ -36,8 +37,10 @@ def validate(config: ValidateConfig, inputs: Mapping[str, Artifact], context: Co
     """
     dataset_type = inputs["examples"].manifest.metadata["dataset_type"]
     examples = list(jsonl.read(inputs["examples"].path / "examples.jsonl"))
-    account = quarantine.account(inputs["quarantine"].path, len(examples), config.budget)
-    result = report(dataset_type, examples, config.expectations, account)
+    documents = _documents(inputs["examples"])
+    kept = len(examples) + len(documents)
+    account = quarantine.account(inputs["quarantine"].path, kept, config.budget)
+    result = report(dataset_type, examples, config.expectations, account, documents)
     folder = context.out / "report"
     folder.mkdir(parents=True)
     (folder / "result.json").write_text(
@@ -70,6 +73,7 @@ def report(
     examples: Sequence[Mapping[str, Any]],
     settings: Sequence[Mapping[str, Any]],
     account: Mapping[str, Any],
+    documents: Sequence[Mapping[str, Any]] = (),
 ) -> dict[str, Any]:
     """What result.json says: everything the page shows, and nothing that differs between equal runs.
 
@@ -78,10 +82,12 @@ def report(
         examples: rows of ingest.
         settings: expectations of the pipeline file.
         account: see quarantine.account.
+        documents: of domain text, held against the suite of their own dataset type.
     """
     table = columns.table(dataset_type, examples)
     expectations = judge.merge(suite.of(dataset_type, table), judge.of_settings(settings, table))
     judged = judge.judge(table, expectations, [columns.origin(row) for row in examples])
+    judged += _judged_documents(documents)
     return {
         "success": all(e["success"] or e["severity"] == "warn" for e in judged)
         and not quarantine.faults(account),
@@ -95,6 +101,23 @@ def report(
         "lengths": distributions.lengths(table, columns.text_columns(dataset_type)),
         "labels": distributions.labels(table),
     }
+
+
+def _documents(examples: Artifact) -> list[dict[str, Any]]:
+    """The domain text that ingest laid beside the examples; none where the pipeline has none."""
+    path = examples.path / dataset.DOMAIN
+    return list(jsonl.read(path)) if path.exists() else []
+
+
+def _judged_documents(documents: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    if not documents:
+        return []
+    table = columns.table("language-modeling", documents)
+    # How many there are says nothing: a code of law is one.
+    counted = "expect_table_row_count_to_be_between"
+    expectations = [one for one in suite.of("language-modeling", table) if one.type != counted]
+    found = judge.judge(table, expectations, [columns.origin(row) for row in documents])
+    return [{**entry, "meaning": f"domain text: {entry['meaning']}"} for entry in found]
 
 
 def faults(result: Mapping[str, Any]) -> list[str]:

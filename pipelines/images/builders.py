@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -29,22 +30,34 @@ class Builder:
 
 
 def find(name: str | None = None) -> Builder:
-    """The builder of this name, or the first one that is installed.
+    """The builder of this name, or the first one that is installed; docker only if its daemon answers.
 
     Raises:
         UsageError: it is none of ours, or not installed.
     """
     if name and name not in NAMES:
         raise UsageError(f"builder {name!r} is none of {', '.join(NAMES)}", "name one of these, or none")
-    for each in (name,) if name else NAMES:
-        program = shutil.which(each)
-        if program:
-            return Builder(each, program)
+    found = [
+        Builder(each, program) for each in ((name,) if name else NAMES) if (program := shutil.which(each))
+    ]
+    if len(found) > 1 and found[0].name == "docker" and not _served(found[0]):
+        del found[0]
+    if found:
+        return found[0]
     raise UsageError(
         f"no {name or 'docker, podman or buildah'} on the PATH, and images need one of them",
         "install one; on Debian and Ubuntu `apt-get install buildah runc` is enough, as root and without a"
         " service",
     )
+
+
+def _served(docker: Builder) -> bool:
+    """Whether docker's daemon answers; its client is often there without one."""
+    asked = [docker.program, "version", "--format", "{{.Server.Version}}"]
+    try:
+        return not subprocess.run(asked, capture_output=True, timeout=20, check=False).returncode
+    except (OSError, subprocess.TimeoutExpired):
+        return False
 
 
 def build(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 from collections.abc import Callable
@@ -12,6 +13,9 @@ import pytest
 from tests.containers.container import VOLUMES, Container, Root, missing
 
 ASKED = "TUNEYARD_TEST_CONTAINERS"
+# The gpu image is six GiB, so it is built and tried only where asked for, train in it; no GPU is needed.
+GPU = bool(os.environ.get("TUNEYARD_TEST_GPU_IMAGE"))
+IMAGES = ["serving", "cpu", *(["gpu"] if GPU else [])]
 # Names of the environment that a pod has from the ConfigMap and the Secrets; the rest is of this machine.
 OF_A_POD = (
     "AWS_ACCESS_KEY_ID",
@@ -40,16 +44,20 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(scope="session")
-def base() -> str:
-    """The base of all images here: $TUNEYARD_TEST_BASE, or one made with debootstrap."""
+def bases() -> Callable[[str], str]:
+    """The base of an image: $TUNEYARD_TEST_BASE, or one made with debootstrap."""
     from pipelines.images import build, builders, debootstrap
 
-    named = os.environ.get("TUNEYARD_TEST_BASE", "")
-    return named or debootstrap.make(builders.find("buildah"), build.source_state()[1], compilers=False)
+    @functools.cache
+    def base(compilers: bool) -> str:
+        named = os.environ.get("TUNEYARD_TEST_BASE", "")
+        return named or debootstrap.make(builders.find("buildah"), build.source_state()[1], compilers)
+
+    return lambda image: base(image == "gpu")
 
 
 @pytest.fixture(scope="session")
-def built(base):
+def built(bases):
     """Builds an image: `built(name)` -> what was built."""
     from pipelines.images import build
 
@@ -57,7 +65,7 @@ def built(base):
 
     def make(image: str) -> build.Built:
         if image not in made:
-            [made[image]] = build.build([image], base=base, builder="buildah")
+            [made[image]] = build.build([image], base=bases(image), builder="buildah")
         return made[image]
 
     return make

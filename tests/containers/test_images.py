@@ -11,11 +11,11 @@ import pytest
 from components.shared import digest
 from pipelines.images import lock
 from tests.containers.bills import fault
+from tests.containers.conftest import GPU, IMAGES
 from tests.containers.container import buildah
 
 TRAINING = {"accelerate", "datasets", "great-expectations", "kfp", "mlflow", "peft", "scikit-learn", "trl"}
 DEVELOPMENT = {"hypothesis", "mypy", "pip", "pytest", "ruff", "uv", "wheel"}
-IMAGES = ["serving", "cpu"]
 
 
 @pytest.fixture
@@ -93,10 +93,25 @@ def test_nothing_in_an_image_belongs_to_its_user_or_is_writable_by_it(roots, ima
         if not path.is_symlink() and (status.st_uid == 10001 or status.st_mode & 0o002):
             writable.append(path)
     assert writable == []
-    assert not [path for path in (root / "usr/bin").iterdir() if path.name in ("pip", "pip3", "gcc")]
+    forbidden = {"pip", "pip3"} if image == "gpu" else {"pip", "pip3", "gcc"}
+    assert not [path for path in (root / "usr/bin").iterdir() if path.name in forbidden]
 
 
-def test_a_second_build_gives_the_same_layers(built, base):
+@pytest.mark.skipif(not GPU, reason="six GiB: TUNEYARD_TEST_GPU_IMAGE=1 builds it")
+def test_the_gpu_image_has_cuda_and_a_compiler_for_triton(contain):
+    """As far as it can be seen without a GPU: the build of PyTorch, its extras, and what Triton calls."""
+    lines = [
+        "import subprocess, torch, triton, deepspeed",
+        "assert torch.version.cuda and not torch.cuda.is_available()",
+        "open('/tmp/host.c', 'w').write('#include <Python.h>\\nint main() { return 0; }')",
+        "include = __import__('sysconfig').get_paths()['include']",
+        "subprocess.run(['gcc', '-I', include, '-c', '/tmp/host.c', '-o', '/tmp/host.o'], check=True)",
+    ]
+    container = contain("gpu", ["python3", "-c", "\n".join(lines)])
+    assert container.run() == 0, container.log.read_text()
+
+
+def test_a_second_build_gives_the_same_layers(built, bases):
     """Nothing of the time, the order or the folder of a build is in an image: only its files are."""
     tag, again = built("serving").tag, "localhost/tuneyard/serving:again"
     folder = digest.TREE_ROOT / "build" / "images" / "serving"
@@ -105,7 +120,7 @@ def test_a_second_build_gives_the_same_layers(built, base):
     dockerfile = digest.TREE_ROOT / "docker" / "Dockerfile"
     buildah(
         "build", "--no-cache", "--layers", f"--timestamp={epoch}", "--network=host", "--target=serving",
-        f"--build-arg=BASE={base}", f"--build-arg=SOURCE_DATE_EPOCH={epoch}",
+        f"--build-arg=BASE={bases('serving')}", f"--build-arg=SOURCE_DATE_EPOCH={epoch}",
         "--file", str(dockerfile), "--tag", again, str(folder),
     )  # fmt: skip
     ids = json.loads(buildah("inspect", "--type", "image", again))["OCIv1"]["rootfs"]["diff_ids"]

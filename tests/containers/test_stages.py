@@ -15,6 +15,7 @@ from pipelines.embedded import seaweed
 from pipelines.embedded.credentials import load_credentials
 from pipelines.images import lock
 from pipelines.placement import PLATFORM_VARIABLES
+from tests.containers.conftest import GPU
 from tests.containers.container import answers, wait_for
 from tests.containers.launcher import PodRun
 from tests.pipelines.cluster.engine import Cluster
@@ -42,7 +43,7 @@ evaluate: {max_generated: 2, max_new_tokens: 4}
 compress:
 register:
 deploy:
-"""
+""" + ("hardware: {gpus_per_node: 1}\n" if GPU else "")
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +81,11 @@ def line(tmp_path_factory, built, contain, pod_environment, s3, server, store_en
 
     folder = tmp_path_factory.mktemp("pipeline")
     (folder / "in_containers.yaml").write_text(PIPELINE)
-    codes = {"cpu": built("cpu").code, "gpu": lock.code_digest("gpu"), "serving": built("serving").code}
+    codes = {
+        "cpu": built("cpu").code,
+        "gpu": built("gpu").code if GPU else lock.code_digest("gpu"),
+        "serving": built("serving").code,
+    }
     zeros = f"sha256:{'0' * 64}"
     locked = {name: lock.Image(f"r.example/{name}", zeros, code) for name, code in codes.items()}
     lock.write(locked, folder / "images.json")

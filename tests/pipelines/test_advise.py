@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import pytest
 
@@ -127,3 +128,40 @@ def test_advice_counts_the_corpus_and_can_be_printed(pipeline):
     assert said["memory"]["fits"]
     assert said["settings_that_fit"] == []
     assert said["remarks"]
+
+
+def searching(**changes):
+    space = {
+        "learning_rate": {"low": 1e-5, "high": 1e-3},
+        "per_device_batch_size": [4, 16],
+        "adapter.rank": [2, 8],
+    }
+    return settings(search={"space": space, "trials": 6, "parallel": 3}, **changes)
+
+
+def test_a_search_counts_the_steps_of_all_its_trials_and_the_largest_of_each():
+    needs = SimpleNamespace(tokens_per_example=50.0, loss_share=0.5, body_weights=1000, total_weights=1400)
+    found = advise._run(searching(epochs=1.0), needs, 160, "h100", 2.0)
+    # Batches of 4 make the most steps: 40 in each of six trials.
+    assert found["trials"] == 6 and found["steps"] == 6 * 40 and found["tokens"] == 6 * 160 * 50
+    alone = advise._run(settings(epochs=1.0, per_device_batch_size=4), needs, 160, "h100", 2.0)
+    assert "trials" not in alone and alone["steps"] == 40
+
+
+def test_trials_at_a_time_share_the_memory_each_at_its_largest():
+    config = searching()
+    heaviest = sizing.heaviest(config)
+    assert (heaviest.per_device_batch_size, heaviest.adapter.rank, heaviest.search) == (16, 8, None)
+    assert sizing.at_once(config) == 3 and sizing.heaviest(settings()) == settings()
+    gib = 2**30
+    assert advise._fewer(4 * gib, 3, 9.0) == [{"set": "train.search.parallel=2", "peak_gib": 8.0}]
+    assert advise._fewer(4 * gib, 3, 3.0) == [] == advise._fewer(4 * gib, 1, 3.0)
+    ways = [
+        {"set": "train.per_device_batch_size=4", "peak_gib": 1},
+        {"set": "train.adapter=qlora", "peak_gib": 1},
+    ]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(advise, "fitting", lambda *_: ways)
+        said = advise._in_turn(config, [], None, 3.0)
+    # What the search varies is not for the file to set.
+    assert [way["set"] for way in said] == ["train.adapter=qlora train.search.parallel=1"]

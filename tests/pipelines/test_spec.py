@@ -7,7 +7,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from components.evaluate.config import METRICS
+from components.evaluate.config import METRICS, OF_TEACHER
 from components.shared import tasks
 from components.shared.errors import EXIT_USAGE, SpecError, UsageError
 from pipelines.graph import inputs_of
@@ -171,7 +171,8 @@ def test_a_gate_is_on_what_the_pipeline_can_measure(tmp_path_factory, task, data
     path = tmp_path_factory.mktemp("gates") / "gates.yaml"
     path.write_text("\n".join(lines + ["compress:"] * compress))
     without = set() if compress else set(OF_COMPRESSION)
-    good = set(METRICS[task]) - without - {"retention_loss_increase"}  # which needs train.retain
+    # The first needs train.retain, the others a teacher.
+    good = set(METRICS[task]) - without - {"retention_loss_increase", *OF_TEACHER}
     expected = [f"line {lines.index(f'    {m}: {{max: 1}}') + 1}: evaluate.gates.{m}: " for m in gates]
     expected = [start for start, metric in zip(expected, gates, strict=True) if metric not in good]
     try:
@@ -302,6 +303,82 @@ def test_what_preferences_cannot_do_is_said_before_anything_runs(tmp_path, objec
     assert expected in str(caught.value)
 
 
+ANSWER = "rewards: [{kind: answer}]"
+FORMAT = "rewards: [{kind: format, pattern: a}]"
+
+
+@pytest.mark.parametrize(
+    ("said", "data", "more", "expected"),
+    [
+        ("kind: grpo", PAIRS, "", "train.objective: nothing judges the answers"),
+        (f"kind: rloo, {ANSWER}", PAIRS, "", "rewards: a reward of kind answer compares with the data's own"),
+        (f"kind: grpo, {FORMAT}", PAIRS, "", "rewards: evaluate judges answers by a reward_model or by"),
+        ("kind: rloo, reward_model: ./judge", PAIRS, "  dropout: 0.1\n", "rloo computes without dropout"),
+        (
+            "kind: grpo, reward_model: ./judge",
+            PAIRS,
+            "hardware: {nodes: 2, gpus_per_node: 1}\n",
+            "grpo trains in one process yet",
+        ),
+        ("kind: grpo, rewards: [{kind: answr}]", PAIRS, "", "there is no 'answr'"),
+        (f"kind: grpo, {ANSWER}", GOOD.replace("{source", "{format: prompt-completion, source"), "", ""),
+        (f"kind: rloo, {FORMAT}, reward_model: ./judge", PAIRS, "", ""),
+    ],
+)
+def test_what_judges_drawn_answers_is_settled_before_anything_runs(tmp_path, said, data, more, expected):
+    path = write(tmp_path, data.replace("objective: sft", f"objective: {{{said}}}") + more)
+    if not expected:
+        spec = load(path)
+        assert load(write(tmp_path, yaml.safe_dump(spec.resolved()))) == spec
+        return
+    with pytest.raises(SpecError) as caught:
+        load(path)
+    assert expected in str(caught.value)
+
+
+DISTILLED = GOOD.replace("objective: sft", "objective: {kind: distillation, teacher: ./large}")
+
+
+@pytest.mark.parametrize(
+    ("objective", "more", "expected"),
+    [
+        ("distillation", "", "train.objective.teacher: Field required"),
+        (
+            "{kind: distillation, teacher: t, level: sequence}",
+            "hardware: {nodes: 2, gpus_per_node: 1}\n",
+            "hardware: distillation trains in one process yet",
+        ),
+        ("sft", "evaluate: {gates: {teacher_speed_ratio: {min: 2}}}\n", "needs an objective with a teacher"),
+        (
+            "{kind: distillation, teacher: t, temprature: 3}",
+            "",
+            "train.objective.temprature: no such setting; did you mean temperature?",
+        ),
+    ],
+)
+def test_what_a_distillation_cannot_do_is_said_before_anything_runs(tmp_path, objective, more, expected):
+    with pytest.raises(SpecError) as caught:
+        load(write(tmp_path, GOOD.replace("objective: sft", f"objective: {objective}") + more))
+    assert expected in str(caught.value)
+
+
+def test_a_file_may_name_a_teacher_alone_and_bound_what_its_student_keeps(tmp_path):
+    text = """name: small
+ingest: {source: ./corpus.jsonl}
+train:
+  objective: {kind: classification-distillation, teacher: ./large, student: {layers: [0, 2, 4]}}
+evaluate:
+  gates: {teacher_quality_kept: {min: 0.97}, teacher_speed_ratio: {min: 1.8}}
+compress:
+deploy: false
+"""
+    spec = load(write(tmp_path, text))
+    assert (spec.train.base_model, spec.train.adapter.kind) == ("./large", "full")
+    assert spec.ingest.format == "labelled-text" and spec.split.stratify_by == "label"
+    assert load(write(tmp_path, yaml.safe_dump(spec.resolved()))) == spec
+    assert load(write(tmp_path, DISTILLED + "hardware: {nodes: 2, gpus_per_node: 1}\n"))
+
+
 def test_pairs_with_one_prompt_stay_on_one_side_unless_the_file_says_otherwise(tmp_path):
     def grouped(text):
         return load(write(tmp_path, text)).split.group_by
@@ -386,7 +463,11 @@ def test_test_reaches_evaluate_alone():
     assert readers == ["evaluate"]
 
 
-@pytest.mark.parametrize("kind", sorted(set(tasks.OBJECTIVES) - {"ppo"}))  # which needs a reward model
+# These need a reward model or a teacher.
+WITH_OTHERS = {"ppo", "grpo", "rloo", "distillation", "classification-distillation"}
+
+
+@pytest.mark.parametrize("kind", sorted(set(tasks.OBJECTIVES) - WITH_OTHERS))
 def test_a_file_needs_only_the_name_of_its_objective(tmp_path, kind):
     """Dataset type, adapter and stratification come from the one table of objectives."""
     text = CLASSES[: CLASSES.index("evaluate")].replace("classification", kind)
@@ -396,3 +477,113 @@ def test_a_file_needs_only_the_name_of_its_objective(tmp_path, kind):
     assert spec.ingest.format == trait.formats[0] and spec.train.adapter.kind == trait.adapter
     assert spec.split.stratify_by == trait.stratify_by and spec.train.objective.kind == kind
     assert METRICS[trait.task]
+
+
+SEARCH = """name: searching
+ingest: {source: ./corpus.jsonl, columns: {prompt: q, completion: a}}
+train:
+  objective: sft
+  base_model: ./model
+  search:
+    space:
+"""
+
+
+def test_a_search_is_read_and_resolved_and_can_be_overridden(tmp_path):
+    text = SEARCH + "      learning_rate: {low: 1e-5, high: 1e-3, log: true}\n      adapter.rank: [8, 16]\n"
+    path = write(tmp_path, text + "    trials: 12\n")
+    spec = load(path, ["train.search.trials=6", "train.search.pruner.min_steps=5"])
+    found = spec.train.search
+    assert (found.trials, found.parallel, found.pruner.min_steps, found.pruner.reduction_factor) == (
+        6,
+        1,
+        5,
+        3,
+    )
+    assert (found.space["learning_rate"].low, found.space["adapter.rank"]) == (1e-5, (8, 16))
+    again = tmp_path / "again.yaml"
+    again.write_text(yaml.safe_dump(spec.resolved()))
+    assert load(str(again)) == spec
+    assert load(path, ["train.search=null"]).train.search is None
+    # The dots of a name are those of sections, on the command line as anywhere.
+    more = load(path, ["train.search.space.adapter.alpha=[16, 32]"]).train.search
+    assert more.space["adapter.alpha"] == (16, 32) and more.space["adapter.rank"] == (8, 16)
+
+
+@pytest.mark.parametrize(
+    ("space", "expected"),
+    [
+        ("adapter.r: [8, 16]", "adapter.r: no such setting of train; did you mean adapter.rank?"),
+        ("lerning_rate: [1, 2]", "lerning_rate: no such setting of train; did you mean learning_rate?"),
+        ("learning_rate: {low: -1, high: 1}", "learning_rate: -1: Input should be greater than 0"),
+        ("label_smoothing: {low: 0, high: 1}", "label_smoothing: 1: Input should be less than 1"),
+        ("adapter.rank: {low: 0.5, high: 8}", "adapter.rank: 0.5: Input should be a valid integer"),
+        (
+            "precision: [float32, float16]",
+            "precision: float16: Input should be 'auto', 'float32' or 'bfloat16'",
+        ),
+        ("learning_rate: {low: 2, high: 1}", "learning_rate: low (2) is not below high (1)"),
+        ("learning_rate: {low: 0, high: 1, log: true}", "low (0) has no logarithm"),
+        ("learning_rate: {lo: 1, high: 2}", "lo: no such setting; there are high, log, low"),
+        ("learning_rate: 3", "learning_rate: write a list, or {low: ..., high: ..., log: true} (it is 3)"),
+        ("adapter.rank: [8]", "adapter.rank: has nothing to choose from"),
+        ("adapter.rank: [8, 8]", "adapter.rank: has a value twice"),
+        ("seed: [1, 2]", "seed: would choose a lucky order of the examples"),
+        ("base_model: [a, b]", "base_model: is what every trial begins with"),
+        ("objective.kind: [sft, dpo]", "objective.kind: is what trials are compared by"),
+        ("objective.loss_on: [all, last]", "objective.loss_on: changes the loss itself"),
+        ("adapter: [lora, full]", "adapter: is a whole section: name a setting of it"),
+        ("adapter.kind: [lora, full]", "adapter.kind: decides what later stages can do with the model"),
+        ("max_steps: [10, 20]", "max_steps: says how long a trial may train"),
+        ("eval_examples: [10, 20]", "eval_examples: decides which examples trials are judged on"),
+        ("retain.replay: [0.1, 0.2]", "retain.replay: retain.source: Field required"),
+        ("adapter.rank: [8, 16]\n    trials: 3", "search.trials: 3 trials of a space of 2 combinations"),
+        ("weight_decay: [0.1, 0.2]\n    parallel: 40", "search.parallel: 40 at a time of 20 trials"),
+    ],
+)
+def test_what_a_search_cannot_try_is_refused_with_its_line(tmp_path, space, expected):
+    with pytest.raises(SpecError) as error:
+        load(
+            write(tmp_path, f"{SEARCH}      {space}\n"),
+            ["train.search.trials=2"] * ("trials" not in expected),
+        )
+    found = [fault for fault in error.value.faults if expected in fault]
+    assert found and found[0].startswith(("line 8: ", "line 9: ")), error.value.faults
+    assert error.value.exit_code == EXIT_USAGE
+
+
+def test_all_faults_of_a_search_are_told_at_once_with_those_beside_it(tmp_path):
+    text = SEARCH + (
+        "      adapter.r: [8, 16]\n      seed: [1, 2]\n      learning_rate: {low: 2, high: 1}\n"
+        "      dropout: {low: 0, high: 2}\n  max_lenght: 3\nhardware: {nodes: 2, gpus_per_node: 1}\n"
+    )
+    with pytest.raises(SpecError) as error:
+        load(write(tmp_path, text))
+    starts = (
+        "line 8: ",
+        "line 9: ",
+        "line 10: ",
+        "line 11: ",
+        "line 12: ",
+        "line 13: hardware: trials share one pod",
+    )
+    assert len(error.value.faults) == 6
+    assert all(any(fault.startswith(start) for fault in error.value.faults) for start in starts)
+
+
+def test_a_value_that_the_rest_of_train_does_not_allow_is_refused(tmp_path):
+    space = "      retain.distil_from_base: [0.0, 0.5]\n      adapter.every_steps: [5, 10]\n    trials: 2\n"
+    text = SEARCH.replace("sft", "language-modeling").replace("prompt: q, completion: a", "text: q") + space
+    text = text.replace("  search:", "  adapter: progressive\n  retain: {source: ./kept}\n  search:")
+    with pytest.raises(SpecError) as error:
+        load(write(tmp_path, text))
+    told = "\n".join(error.value.faults)
+    assert "retain.distil_from_base: 0.5: retain.distil_from_base (0.5) needs a base that predicts" in told
+    assert "adapter.every_steps: 5: every_steps (5) and until (0.5) cannot both be set" in told
+
+
+def test_a_pruner_that_never_prunes_is_refused(tmp_path):
+    text = SEARCH + "      weight_decay: [0.0, 0.1]\n    trials: 2\n  max_steps: 10\n"
+    with pytest.raises(SpecError, match=r"min_steps \(10\) is not below train.max_steps \(10\)"):
+        load(write(tmp_path, text))
+    assert load(write(tmp_path, text), ["train.search.pruner.min_steps=5"]).train.search.trials == 2

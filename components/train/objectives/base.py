@@ -58,6 +58,10 @@ class Objective(ABC):
     def encode(self, example: Mapping[str, Any]) -> Any:
         """Token ids (and target) of an example; its len() is its tokens."""
 
+    def encode_all(self, examples: Sequence[Mapping[str, Any]]) -> Iterable[Any]:
+        """The same for many, in order; an objective may be quicker at it than one by one."""
+        return (self.encode(example) for example in examples)
+
     @abstractmethod
     def shorten(self, encoded: Any, max_length: int) -> Any | None:
         """A version that fits, cut where no answer is; None where that cannot be."""
@@ -124,6 +128,20 @@ class Objective(ABC):
             kept: what of them is used, encoded.
         """
         return {}
+
+    def rewritten(
+        self, rows: Mapping[str, list[dict[str, Any]]], folder: Path
+    ) -> tuple[Mapping[str, list[dict[str, Any]]], Mapping[str, list[dict[str, Any]]]]:
+        """Side -> its examples as they are learned, and rows of the ledger for those that are not used.
+
+        Args:
+            rows: side -> examples as the data has them.
+            folder: outlives a killed attempt.
+        """
+        return rows, {}
+
+    def leave(self, folder: Path) -> None:
+        """Put into the ledger's folder what else must be kept of the training."""
 
     def tokens(self, encoded: Any) -> int:
         """How many tokens the model reads for an example."""

@@ -7,6 +7,11 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from components.shared.settings import Settings
+from components.train.objectives.distillation_config import (
+    ClassificationDistillationObjective,
+    DistillationObjective,
+)
+from components.train.objectives.group_config import GrpoObjective, RlooObjective
 from components.train.objectives.media_config import ImageClassificationObjective, SpeechRecognitionObjective
 
 
@@ -242,6 +247,10 @@ ObjectiveConfig = Annotated[
     | DpoObjective
     | RewardObjective
     | PpoObjective
+    | GrpoObjective
+    | RlooObjective
+    | DistillationObjective
+    | ClassificationDistillationObjective
     | ImageClassificationObjective
     | SpeechRecognitionObjective,
     Field(discriminator="kind"),

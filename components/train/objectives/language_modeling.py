@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from components.shared import documents
@@ -16,6 +16,10 @@ class LanguageModeling(Sft):
     def encode(self, example: Mapping[str, Any]) -> Encoded:
         """See Objective."""
         return documents.encode(self.tokenizer, example["text"])
+
+    def encode_all(self, examples: Sequence[Mapping[str, Any]]) -> Iterable[Encoded]:
+        """See Objective."""
+        return documents.encode_all(self.tokenizer, (example["text"] for example in examples))
 
     def shorten(self, encoded: Encoded, max_length: int) -> Encoded | None:
         """Nothing: there is no prompt that could be cut."""

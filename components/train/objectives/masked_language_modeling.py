@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,10 @@ class MaskedLanguageModeling(Objective):
     def encode(self, example: Mapping[str, Any]) -> Piece:
         """See Objective."""
         return masked.encode(self.tokenizer, example["text"], self._fraction)
+
+    def encode_all(self, examples: Sequence[Mapping[str, Any]]) -> Iterable[Piece]:
+        """See Objective."""
+        return masked.encode_all(self.tokenizer, (example["text"] for example in examples), self._fraction)
 
     def shorten(self, encoded: Piece, max_length: int) -> Piece | None:
         """Nothing: there is no prompt that could be cut."""

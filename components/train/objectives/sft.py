@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,13 @@ class Sft(Objective):
         """See Objective."""
         config = self._config
         return causal.encode(self.tokenizer, example, config.loss_on, config.loss_on_reasoning)
+
+    def encode_all(self, examples: Sequence[Mapping[str, Any]]) -> Iterable[Encoded]:
+        """See Objective."""
+        if type(self).encode is not Sft.encode:  # one that is built on this one and encodes otherwise
+            return super().encode_all(examples)
+        config = self._config
+        return causal.encode_all(self.tokenizer, examples, config.loss_on, config.loss_on_reasoning)
 
     def shorten(self, encoded: Encoded, max_length: int) -> Encoded | None:
         """Cut the prompt from its left, but for the first token; the answer stays whole."""

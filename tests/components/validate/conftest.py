@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from components.shared import jsonl
+from components.shared.examples import DOMAIN
 from components.shared.manifest import Manifest, describe
 from components.shared.stage import Artifact, Context
 from components.validate import validate as stage
@@ -85,16 +86,18 @@ def corpus():
 def run(tmp_path):
     """run(kind, examples, settings, quarantined): the stage on trees on disk; (Result, report folder)."""
 
-    def go(kind, examples, settings=None, quarantined=(), summary=None):
+    def go(kind, examples, settings=None, quarantined=(), summary=None, documents=()):
         folder = Path(tmp_path / f"run{len(list(tmp_path.iterdir()))}")
         jsonl.write(folder / "examples" / "examples.jsonl", examples)
+        if documents:
+            jsonl.write(folder / "examples" / DOMAIN, documents)
         jsonl.write(folder / "quarantine" / "quarantine.jsonl", quarantined)
         by_reason = {
             r: sum(q["reason"] == r for q in quarantined) for r in sorted({q["reason"] for q in quarantined})
         }
         counted = {
-            "read": len(examples) + len(quarantined),
-            "kept": len(examples),
+            "read": len(examples) + len(documents) + len(quarantined),
+            "kept": len(examples) + len(documents),
             "quarantined": len(quarantined),
         }
         text = json.dumps({**counted, "by_reason": by_reason, **(summary or {})})

@@ -129,3 +129,17 @@ def test_a_long_value_is_cut_in_the_message_and_stays_on_its_line(run, corpus):
     stop = run("labelled-text", corpus("labelled-text", 40, changes))[0].stop
     (line,) = [line for line in stop.splitlines() if "corpus.jsonl:4" in line]
     assert "label='x\\nyyy" in line and len(line) < 200
+
+
+def test_domain_text_is_counted_and_held_against_its_own_suite(run, corpus):
+    labelled = corpus("labelled-text", 60)
+    documents = [
+        {"id": str(n), "text": text, "origin": {"file": "law.jsonl", "line": n, "part": "domain"}}
+        for n, text in enumerate(["第一条 合同自成立时生效。", "\ufffd\ufffd 第二条"], 1)
+    ]
+    result, folder = run("labelled-text", labelled, documents=documents[:1])
+    assert not result.stop  # one document is enough: a code of law is one
+    result, folder = run("labelled-text", labelled, documents=documents)
+    assert "domain text: no text was damaged" in result.stop and "law.jsonl:2" in result.stop
+    told = json.loads((folder / "result.json").read_text())
+    assert told["rows"] == 60 and told["quarantine"]["kept"] == 62

@@ -156,3 +156,11 @@ def test_an_apt_without_the_suite_is_said(monkeypatch, tmp_path):
         debootstrap.mirror()
     apt.write_text("#!/bin/sh\necho 'http://mirror.example.com/debian bookworm main'\n")
     assert debootstrap.mirror() == "http://mirror.example.com/debian"
+
+
+def test_docker_is_passed_over_where_its_daemon_does_not_answer(calls, monkeypatch):
+    assert builders.find().name == "docker"
+    monkeypatch.setenv("FAILS", "version")
+    monkeypatch.setenv("SAYS", "Cannot connect to the Docker daemon")
+    assert builders.find().name == "podman"
+    assert builders.find("docker").name == "docker"  # who asks for it is told by it
