@@ -9,6 +9,7 @@ from components.evaluate.config import METRICS, metrics_of
 from components.register.config import BETTER
 from components.shared import examples, tasks
 from components.train.adapters.config import KINDS as ADAPTERS
+from components.train.sharding import config as sharding
 
 # Tasks whose models evaluate opens with an adapter beside their base.
 _BESIDE = ("causal-lm", "classification", "regression", "token-classification", "multi-task")
@@ -31,7 +32,13 @@ def misfits(raw: Mapping[str, Any]) -> Iterator[tuple[tuple[str, ...], str]]:
     usual = trait.adapter if trait else "full"
     adapter = train.get("adapter") or usual
     kind = adapter.get("kind", usual) if isinstance(adapter, dict) else adapter
-    yield from _beside_its_base(raw, kind if isinstance(kind, str) else "", trait)
+    kind = kind if isinstance(kind, str) else ""
+    yield from _beside_its_base(raw, kind, trait)
+    asked = train.get("objective")
+    named = asked.get("kind", "") if isinstance(asked, dict) else asked
+    yield from sharding.misfits(
+        _section(raw, "hardware"), train, named if isinstance(named, str) and trait else "", kind
+    )
     if trait is None:
         return
     yield from _not_yet(raw, trait.task)

@@ -5,130 +5,25 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from components.shared import causal, clock, interrupts
-from components.shared.errors import TuneyardError
 from components.shared.progress import Progress
 from components.train import checkpoint, measures
 from components.train.config import TrainConfig
 from components.train.diagnostics import Watch
 from components.train.objectives.base import Objective
+from components.train.ongoing import Fit as Fit
+from components.train.ongoing import Ongoing
 from components.train.plan import Plan, plan
 from components.train.ranks import ALONE, Ranks
+from components.train.sharding.whole import Whole
 from components.train.update import autocast, make_optimizer, timed_update
 
 log = logging.getLogger("tuneyard.train")
-
-
-@dataclass
-class Fit:
-    """How a fit went.
-
-    Args:
-        history: a row for each update, with its time in seconds since the epoch, and eval_loss where it was
-            evaluated.
-        base_loss: loss on eval before the first update.
-        best_loss: the lowest loss on eval, after update `best_step`.
-        stale: evaluations in a row that did not improve on it.
-        stopped_early: whether that ended the fit.
-        base_retention_loss: loss on the retention set before the first update; NaN where there is none.
-        range_test: `rate` and `curve`, see finder.Found, where the learning rate was looked for.
-    """
-
-    history: list[dict[str, float]] = field(default_factory=list)
-    base_loss: float = math.inf
-    best_loss: float = math.inf
-    best_step: int = 0
-    stale: int = 0
-    stopped_early: bool = False
-    base_retention_loss: float = math.nan
-    range_test: dict[str, Any] = field(default_factory=dict)
-
-
-@dataclass
-class Ongoing:
-    """A fit between two updates: all that a checkpoint holds.
-
-    Args:
-        model: with the weights after the last update.
-        optimizer: of them.
-        state: how it went so far; its history has a row for each update.
-        best: weights of the best evaluation.
-        random: random state after the last update.
-        saved: updates in the newest checkpoint.
-        tokens: trained on by this process.
-        seconds: that took.
-    """
-
-    model: Any
-    optimizer: Any
-    state: Fit
-    best: Mapping[str, Any]
-    random: Mapping[str, Any]
-    saved: int
-    tokens: int = 0
-    seconds: float = 0.0
-
-    @property
-    def done(self) -> int:
-        """Updates done."""
-        return len(self.state.history)
-
-    def note(self, row: dict[str, float], tokens: int, seconds: float) -> None:
-        """Take note of an update, together with which this must be done or not at all."""
-        self.tokens += tokens
-        self.seconds += seconds
-        speed = self.tokens / self.seconds
-        of_step = {"step_tokens": tokens, "step_seconds": seconds}
-        self.state.history.append({**row, **of_step, "time": time.time(), "tokens_per_second": speed})
-        self.random = checkpoint.random_state()
-
-    def due(self, every: int, total: int) -> bool:
-        """Whether the last update is to be followed by an evaluation that has not been yet."""
-        if not self.done or "eval_loss" in self.state.history[-1]:
-            return False
-        return self.done % every == 0 or self.done == total
-
-    def judge(self, config: TrainConfig, eval_loss: float, **notes: float) -> None:
-        """Take note of an evaluation, and of what it does to best weights and patience."""
-        row, state, loss = self.state.history[-1], self.state, eval_loss
-        if not math.isfinite(loss):
-            raise TuneyardError(
-                f"train: the eval loss is {loss} after step {self.done}",
-                "lower train.learning_rate, or set train.precision: float32",
-            )
-        stopping = config.early_stopping
-        with interrupts.held():
-            row |= {"eval_loss": loss, **notes}
-            improved = loss < state.best_loss - (stopping.min_delta if stopping else 0)
-            state.stale = 0 if improved else state.stale + 1
-            state.stopped_early = bool(stopping and state.stale >= stopping.patience)
-            if loss < state.best_loss:
-                state.best_loss, state.best_step = loss, self.done
-                self.best = checkpoint.copy_weights(self.model)
-        if state.stopped_early:
-            log.info("train: eval loss has not fallen in %d evaluations; stopped early", state.stale)
-
-    def save(self, folder: Path, config: TrainConfig) -> Path:
-        """Write a checkpoint. Returns its folder."""
-        path = checkpoint.save(
-            folder,
-            self.done,
-            self.model,
-            self.optimizer,
-            self.best,
-            asdict(self.state),
-            config.keep_checkpoints,
-            self.random,
-        )
-        self.saved = self.done
-        return path
 
 
 def eval_loss(
@@ -136,17 +31,16 @@ def eval_loss(
     encoded: Sequence[Any],
     config: TrainConfig,
     precision: causal.Precision,
-    ranks: Ranks = ALONE,
+    layout: Whole | None = None,
 ) -> float:
     """Mean loss over the terms of these examples."""
-    import torch
-
+    layout = layout or Whole(ALONE)
     objective.model.eval()
     batches = causal.by_length([len(e) for e in encoded], config.per_device_batch_size * config.max_length)
-    with clock.arithmetic(), torch.inference_mode(), autocast(precision):
-        total = objective.judged_loss(encoded, batches, ranks)
+    with clock.arithmetic(), layout.forward_only(), autocast(precision):
+        total = objective.judged_loss(encoded, batches, layout.ranks)
     objective.model.train()
-    return ranks.sum(total) / sum(map(objective.terms, encoded))
+    return layout.ranks.sum(total) / sum(map(objective.terms, encoded))
 
 
 def fit(
@@ -159,6 +53,7 @@ def fit(
     report: Callable[[list[dict[str, float]], bool], None],
     ranks: Ranks = ALONE,
     saved: Callable[[Path], None] = lambda _: None,
+    layout: Whole | None = None,
 ) -> Fit:
     """Fit the model; at the end it holds the weights of the best evaluation.
 
@@ -172,18 +67,20 @@ def fit(
         report: receives the history after each update, and at the end with True.
         ranks: the processes that do this together, each calling this with the same arguments.
         saved: receives the folder of each checkpoint, in the process that writes.
+        layout: of weights and optimizer among the processes; None: whole in each.
 
     Raises:
         TuneyardError: the loss is not finite.
     """
+    layout = layout or Whole(ranks)
     made = plan(objective, train, config, precision, folder, ranks)
-    judge = partial(_judge, objective, evaluation, made.config, precision, ranks)
-    now = _begin(folder, objective.model, made, judge)
-    save = partial(_save, now, folder, config, ranks, saved)
-    with _saved_when_interrupted(save):
-        _run(objective, now, made, precision, ranks, judge, report, save)
+    judge = partial(_judge, objective, evaluation, made.config, precision, layout)
+    now = _begin(folder, objective, made, judge, layout, min(train, key=len))
+    save = partial(_save, now, folder, config, saved)
+    with _saved_when_interrupted(save, ranks) as asked:
+        _run(objective, now, made, precision, judge, report, save, asked)
     report(now.state.history, True)
-    return _finish(objective.model, now.best, now.state)
+    return _finish(layout, now.best, now.state)
 
 
 def _run(
@@ -191,19 +88,21 @@ def _run(
     now: Ongoing,
     made: Plan,
     precision: causal.Precision,
-    ranks: Ranks,
     judge: Callable[[], dict[str, float]],
     report: Callable[[list[dict[str, float]], bool], None],
     save: Callable[[], None],
+    asked: Callable[[], None],
 ) -> None:
     """Updates, and evaluations between them, to the end of the plan or of patience."""
+    ranks = now.layout.ranks
     config, steps = made.config, len(made.updates)
     every = config.eval_steps or max(1, math.ceil(steps / 10))
     looks = measures.looks(steps, every)
-    update = partial(timed_update, objective, now.optimizer, steps, config, precision, ranks, now.note, looks)
+    update = partial(timed_update, objective, now.layout, steps, config, precision, now.note, looks)
     watch = Watch(now.state.history, now.state.base_loss)
     progress = Progress("train", steps, "steps", done=now.done)
     while True:
+        asked()
         if now.due(every, steps):
             now.judge(config, **judge())
         if ranks.writes:
@@ -222,38 +121,49 @@ def _judge(
     evaluation: Sequence[Any],
     config: TrainConfig,
     precision: causal.Precision,
-    ranks: Ranks,
+    layout: Whole,
 ) -> dict[str, float]:
     """`eval_loss` with what the objective notes of it, and `retention_loss` where there is such a set."""
-    found = {"eval_loss": eval_loss(objective, evaluation, config, precision, ranks)}
+    found = {"eval_loss": eval_loss(objective, evaluation, config, precision, layout)}
     found |= objective.judged_notes()
     if objective.retained:
-        found["retention_loss"] = eval_loss(objective, objective.retained.judged, config, precision, ranks)
+        found["retention_loss"] = eval_loss(objective, objective.retained.judged, config, precision, layout)
     return found
 
 
-def _save(
-    now: Ongoing, folder: Path, config: TrainConfig, ranks: Ranks, saved: Callable[[Path], None]
-) -> None:
-    if ranks.writes and now.done > now.saved:
-        saved(now.save(folder, config))
+def _save(now: Ongoing, folder: Path, config: TrainConfig, saved: Callable[[Path], None]) -> None:
+    if now.done > now.saved:
+        path = now.save(folder, config)
+        if path:
+            saved(path)
 
 
 @contextlib.contextmanager
-def _saved_when_interrupted(save: Callable[[], None]) -> Iterator[None]:
-    """A machine that is taken away says so some seconds before: what was computed until then is kept."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        save()
-        log.info("train: interrupted; a checkpoint holds what was done")
-        raise
+def _saved_when_interrupted(save: Callable[[], None], ranks: Ranks) -> Iterator[Callable[[], None]]:
+    """A machine that is taken away says so some seconds before: what was computed until then is kept.
+
+    Alone, a process saves at once. Several have to agree: what one of them is told all learn between two
+    updates, by a function that this gives and that raises KeyboardInterrupt in each.
+    """
+    with contextlib.ExitStack() as several:
+        told = several.enter_context(interrupts.held()) if ranks.count > 1 else []
+
+        def asked() -> None:
+            if ranks.count > 1 and ranks.sum(len(told)):
+                raise KeyboardInterrupt
+
+        try:
+            yield asked
+        except KeyboardInterrupt:
+            save()
+            log.info("train: interrupted; a checkpoint holds what was done")
+            raise
 
 
-def _finish(model: Any, best: Any, state: Fit) -> Fit:
+def _finish(layout: Whole, best: Any, state: Fit) -> Fit:
     """Leave the best weights in the model, and warn where they are no better than the base's."""
-    checkpoint.restore_weights(model, best)
-    model.eval()
+    layout.restore(best)
+    layout.model.eval()
     if not state.best_loss < state.base_loss:
         log.warning(
             "train: the loss on eval never fell below the base model's (%.3f, at best %.3f): "
@@ -273,20 +183,31 @@ def _show(progress: Progress, state: Fit, ranks: Ranks) -> None:
     progress.advance(loss=f"{row['loss']:.3f}", eval=evaluated, speed=speed)
 
 
-def _begin(folder: Path, model: Any, made: Plan, judge: Callable[[], dict[str, float]]) -> Ongoing:
+def _begin(
+    folder: Path,
+    objective: Objective,
+    made: Plan,
+    judge: Callable[[], dict[str, float]],
+    layout: Whole,
+    spare: Any,
+) -> Ongoing:
     """The start, or where the newest whole checkpoint leaves off."""
     import torch
 
     torch.manual_seed(made.config.seed)
-    optimizer = make_optimizer(model, made.config)
-    model.train()
+    make = partial(make_optimizer, config=made.config)
+    layout.begin(objective, make, made.config.max_grad_norm, spare)
+    objective.model.train()
     found = checkpoint.newest(folder)
     if found is None:
         losses = judge()
         state = Fit(base_loss=losses["eval_loss"], range_test=made.range_test)
         state.base_retention_loss = losses.get("retention_loss", math.nan)
-        return Ongoing(model, optimizer, state, {}, checkpoint.random_state(), saved=0)
-    best = checkpoint.load(found[0], model, optimizer)
+        return Ongoing(layout, state, {}, checkpoint.random_state(), saved=0)
+    tensors = checkpoint.read(found[0])
+    layout.load(tensors["weights"], tensors["moments"])
+    checkpoint.restore_random(tensors["random"])
     log.info("train: resuming after step %d", found[1]["step"])
     state = Fit(**found[1]["state"])
-    return Ongoing(model, optimizer, state, best, checkpoint.random_state(), saved=len(state.history))
+    best = layout.part_of(tensors["best"])
+    return Ongoing(layout, state, best, checkpoint.random_state(), saved=len(state.history))

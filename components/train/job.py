@@ -23,6 +23,7 @@ from components.shared.store import Store
 from components.train import checkpoint, cluster, keeping
 from components.train.cluster import Cluster
 from components.train.config import TrainConfig
+from components.train.sharding.config import Sharding
 from components.train.trainjob import Nodes, name_of, trainjob
 
 log = logging.getLogger("tuneyard.train")
@@ -63,7 +64,7 @@ def train_as_job(
     name = name_of(context.pipeline, context.key)
     body = trainjob(asked, name, context.key, owner).to_dict()
     api = cluster.connect()
-    _order(config, inputs, context)
+    _order(config, inputs, context, asked.sharding)
     try:
         _begin(api, name, body, context)
         _follow(api, name, body, context)
@@ -87,11 +88,14 @@ def _raise_if_idle(asked: Nodes, config: TrainConfig) -> None:
         )
 
 
-def _order(config: TrainConfig, inputs: Mapping[str, Artifact], context: Context) -> None:
+def _order(
+    config: TrainConfig, inputs: Mapping[str, Artifact], context: Context, sharding: Sharding = Sharding()
+) -> None:
     order = {
         "run": context.run,
         "pipeline": context.pipeline,
         "config": config.model_dump(mode="json"),
+        "sharding": sharding.model_dump(mode="json"),
         "inputs": {name: artifact.manifest.to_json() for name, artifact in inputs.items()},
         "code": digest.of_code("train"),
     }

@@ -24,6 +24,8 @@ from components.train.objectives.base import Objective
 from components.train.objectives.config import PpoObjective
 from components.train.objectives.opening import computed_in, open_objective
 from components.train.ranks import ALONE, Ranks
+from components.train.sharding.config import Sharding
+from components.train.sharding.opening import open_layout
 from components.train.trainjob import ASKED, Nodes
 from components.train.update import autocast
 
@@ -163,6 +165,7 @@ def train_here(
     context: Context,
     ranks: Ranks = ALONE,
     saved: Callable[[Path], None] = lambda _: None,
+    sharding: Sharding = Sharding(),
 ) -> Result:
     """Write `model` (an adapter or whole weights, with its card) and `ledger` (rows cut or dropped, history).
 
@@ -172,32 +175,36 @@ def train_here(
         context: where; of a process that writes nothing, `out` stays empty and the result says nothing.
         ranks: the processes that train together.
         saved: receives the folder of each checkpoint.
+        sharding: what lies in pieces among them.
 
     Raises:
         StageStopped: too many examples are over-long, or there are too few labels.
         TuneyardError: the loss is not finite, or other weights move than the adapter promises.
     """
     _seed(config.seed)
+    layout = open_layout(sharding, ranks)
     rows = {side: _rows(inputs[side]) for side in ("train", "eval")}
-    objective = _open(config, rows["train"], context)
-    judged = sorted(objective.usable(rows["eval"]), key=lambda row: row["id"])
-    rows["eval"] = judged[: config.eval_examples]
-    encoded, ledgers = _encode(objective, rows, config)
     precision = computed_in(config)
-    objective.prepare([*encoded["train"], *encoded["eval"]], partial(autocast, precision))
-    _adapt(objective, config)
-    moving, total = weight_counts(objective, config, total_steps(len(encoded["train"]), config))
+    with layout.opening():
+        objective = _open(config, rows["train"], context)
+        judged = sorted(objective.usable(rows["eval"]), key=lambda row: row["id"])
+        rows["eval"] = judged[: config.eval_examples]
+        encoded, ledgers = _encode(objective, rows, config)
+        objective.prepare([*encoded["train"], *encoded["eval"]], partial(autocast, precision))
+        _adapt(objective, config)
+        moving, total = weight_counts(objective, config, total_steps(len(encoded["train"]), config))
+        objective.start()
+        checked = selfcheck.check(objective, encoded["train"], rows["train"], precision)
+        holding.begin(objective, config, context.store, partial(autocast, precision))
     base = _reference(config.base_model, context, config.revision)
-    objective.start()
-    checked = selfcheck.check(objective, encoded["train"], rows["train"], precision)
-    holding.begin(objective, config, context.store, partial(autocast, precision))
     facts = {"trainable_weights": moving, "total_weights": total, "base_fingerprint": base.fingerprint}
     run_id = (_resumed_run(context) or _track(config, context, inputs, facts)) if ranks.writes else ""
     context.work.mkdir(parents=True, exist_ok=True)
     (context.work / "mlflow_run").write_text(run_id)
     log.info("train: %d examples, %d of %d weights move", len(encoded["train"]), moving, total)
-    fitting = partial(fit, objective, precision=precision, ranks=ranks, saved=saved)
+    fitting = partial(fit, objective, precision=precision, ranks=layout.ranks, saved=saved, layout=layout)
     result = _fit_tracked(fitting, encoded, config, context, run_id)
+    layout.end(everything=saving.takes_base(objective, config))
     if not ranks.writes:
         return Result(kinds={})
     card = _card(objective, config, base, (moving, total), run_id, context)
