@@ -102,7 +102,6 @@ def _run(
     watch = Watch(now.state.history, now.state.base_loss)
     progress = Progress("train", steps, "steps", done=now.done)
     while True:
-        asked()
         if now.due(every, steps):
             now.judge(config, **judge())
         if ranks.writes:
@@ -110,6 +109,7 @@ def _run(
         report(now.state.history, False)
         if now.done == steps or now.state.stopped_early:
             break
+        asked()
         if now.done % config.checkpoint_steps == 0:
             save()
         update(now.done, made.updates[now.done])

@@ -72,6 +72,7 @@ def interrupted(base, rows, case, ours, folder):
     try:
         fitted(base, rows, case, ours, folder, stop)
     except KeyboardInterrupt:
+        ours.sum(0)  # the first process has written
         found = sorted(path.name for path in folder.glob("step-*"))
         assert found == ["step-2", "step-3"], found
         return fitted(base, rows, case, ours, folder)

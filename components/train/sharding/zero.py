@@ -1,0 +1,240 @@
+"""Optimizer state, gradients and weights in pieces, by DeepSpeed's ZeRO (arXiv:1910.02054).
+
+DeepSpeed's engine takes the backward pass, clipping and the update; what an update is stays ours. Losses
+are divided by the terms of the whole update, so its mean over processes is turned back into a sum. Checkpoints
+are ours too: whole weights and moments, which any number of processes or another layout goes on from.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from components.shared import causal, families
+from components.shared.errors import TuneyardError
+from components.train import checkpoint
+from components.train.objectives.base import Objective
+from components.train.ranks import Ranks
+from components.train.sharding.config import Sharding
+from components.train.sharding.fsdp2 import passing
+from components.train.sharding.whole import Whole
+
+_STAGES = {"zero1": 1, "zero2": 2, "zero3": 3}
+
+
+def settings_of(sharding: Sharding, largest: float) -> dict[str, Any]:
+    """DeepSpeed's own configuration; what stands in no pipeline file is its default.
+
+    Args:
+        sharding: settings.
+        largest: norm that a gradient may have.
+    """
+    stage = _STAGES[sharding.kind]
+    pinned = causal.device().type == "cuda"
+    zero: dict[str, Any] = {"stage": stage, "overlap_comm": pinned}
+    if sharding.offload == "cpu":
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": pinned}
+        if stage == 3:
+            zero["offload_param"] = {"device": "cpu", "pin_memory": pinned}
+    if stage == 3:
+        # Small weights are cut up as well: the memory of a process is then the same share of any model.
+        zero["stage3_param_persistence_threshold"] = 0
+    return {
+        # Updates are counted by the loop, which says which backward pass is the last one of each.
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": largest,
+        "zero_optimization": zero,
+        # The optimizer is the one that trains without pieces. DeepSpeed's own for offloading is compiled when
+        # it is first used, and there is no compiler in the image; PyTorch's fused one does the same.
+        "zero_force_ds_cpu_optimizer": False,
+    }
+
+
+def _deepspeed() -> Any:
+    """The library, told to use processors where there is no GPU."""
+    if causal.device().type == "cpu":
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    try:
+        import deepspeed
+    except ImportError as error:
+        raise TuneyardError(
+            "hardware.sharding names a stage of ZeRO, and DeepSpeed is not installed here",
+            "set hardware.sharding: fsdp2, or install it: pip install 'tuneyard[gpu]'",
+        ) from error
+    return deepspeed
+
+
+class Zero(Whole):
+    """The state of a fit in the hands of DeepSpeed's engine.
+
+    Args:
+        ranks: the processes.
+        sharding: settings.
+    """
+
+    in_pieces = True
+
+    def __init__(self, ranks: Ranks, sharding: Sharding) -> None:
+        super().__init__(ranks)
+        self._sharding = sharding
+        self._engine: Any = None
+
+    @contextmanager
+    def opening(self) -> Iterator[None]:
+        """See Whole. Where weights are cut up, the whole model is in the memory of the host."""
+        if not self._sharding.weights:
+            yield
+            return
+        with causal.on_cpu():
+            yield
+
+    def begin(
+        self, objective: Objective, make_optimizer: Callable[[Any], Any], largest: float, spare: Any
+    ) -> None:
+        """See Whole."""
+        deepspeed = _deepspeed()
+        self.model = objective.model
+        settings = settings_of(self._sharding, largest)
+        around = passing(self.model)
+        backend = "nccl" if causal.device().type == "cuda" else "gloo"
+        deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
+        if self._sharding.weights:
+            self._cut(deepspeed, around, settings)
+        self._engine, *_ = deepspeed.initialize(
+            model=around, optimizer=make_optimizer(self.model), config=settings, dist_init_required=False
+        )
+        self.optimizer = self._engine.optimizer
+        objective.spare = spare
+        objective.before_pass = self._engine.set_gradient_accumulation_boundary
+        objective.summed_loss = self._through(objective.summed_loss)  # type: ignore[method-assign]
+
+    def _cut(self, deepspeed: Any, around: Any, settings: dict[str, Any]) -> None:
+        """Cut the weights up, one after the other on its way to the GPU, before anything takes them whole."""
+        layers = list(families.layers(self.model).values())
+        # Each layer is gathered as one: parts of it are computed by others than their own module.
+        deepspeed.utils.set_z3_leaf_modules(around, list({type(layer) for layer in layers}))
+        deepspeed.zero.Init(module=around, config_dict_or_path=settings)
+        inside = {id(weight) for layer in layers for weight in layer.parameters()}
+        for weight in self.model.parameters():
+            if id(weight) not in inside:  # tied embeddings are read again above the layers
+                deepspeed.zero.register_external_parameter(around, weight)
+        for buffer in self.model.buffers():
+            buffer.data = buffer.data.to(causal.device())
+
+    def _through(self, loss: Callable[[Any, float], Any]) -> Callable[[Any, float], Any]:
+        """The same loss, computed by the engine."""
+        import torch
+
+        kind, count = causal.device().type, self.ranks.count
+
+        def computed(batch: Any, label_smoothing: float) -> Any:
+            low, dtype = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
+
+            def compute() -> Any:
+                # The engine switches off what it was not told of.
+                with torch.autocast(kind, dtype, enabled=low):
+                    return loss(batch, label_smoothing)
+
+            with torch.autocast(kind, enabled=False):
+                found = self._engine(compute)
+            if found.requires_grad:
+                found.register_hook(lambda gradient: gradient * count)
+            return found
+
+        return computed
+
+    def forward_only(self) -> Any:
+        """What is gathered in inference mode could not be used with gradients later."""
+        import torch
+
+        return torch.no_grad()
+
+    def reduce(self, weights: Mapping[str, Any]) -> None:
+        """The last backward pass has done it."""
+
+    def parts(self, weights: Mapping[str, Any]) -> Mapping[str, Any]:
+        """None: they lie in buffers of the engine."""
+        return {}
+
+    def clip(self, weights: Mapping[str, Any], largest: float) -> dict[str, float]:
+        """The engine does it in its step."""
+        return {}
+
+    def step(self) -> dict[str, float]:
+        """See Whole."""
+        self._engine.step()
+        return {"grad_norm": float(self._engine.get_global_grad_norm())}
+
+    def copy(self) -> dict[str, Any]:
+        """See Whole. Weights that are not cut up are copied whole, in the process that writes."""
+        found = checkpoint.trainable(self.model)
+        if self._sharding.weights:
+            return {name: w.ds_tensor.detach().to("cpu", copy=True) for name, w in found.items()}
+        if not self.ranks.writes:
+            return {}
+        return {name: weight.detach().to("cpu", copy=True) for name, weight in found.items()}
+
+    def whole(self, parts: Mapping[str, Any]) -> dict[str, Any]:
+        """See Whole."""
+        if not self._sharding.weights:
+            return dict(parts)
+        found = {}
+        for name, weight in checkpoint.trainable(self.model).items():
+            if name in parts:
+                gathered = self._gathered(parts[name], weight)
+                if self.ranks.writes:
+                    found[name] = gathered
+        return found
+
+    def _gathered(self, part: Any, weight: Any) -> Any:
+        """The whole weight on the CPU, of equal parts with padding at the end."""
+        import torch
+        from torch import distributed
+
+        mine = part.to(causal.device())
+        every = mine.new_empty(len(mine) * self.ranks.count)
+        distributed.all_gather_into_tensor(every, mine)
+        return torch.narrow(every, 0, 0, weight.ds_numel).view(weight.ds_shape).cpu()
+
+    def part_of(self, weights: Mapping[str, Any]) -> dict[str, Any]:
+        """See Whole."""
+        import torch
+
+        if not self._sharding.weights:
+            return dict(weights) if self.ranks.writes else {}
+        found = {}
+        for name, weight in checkpoint.trainable(self.model).items():
+            if name in weights:
+                size = weight.ds_tensor.numel()
+                padded = torch.zeros(size * self.ranks.count, dtype=weights[name].dtype)
+                padded[: weight.ds_numel] = weights[name].reshape(-1)
+                found[name] = padded[size * self.ranks.rank :][:size].clone()
+        return found
+
+    def restore(self, parts: Mapping[str, Any]) -> None:
+        """See Whole."""
+        import torch
+        from torch import distributed
+
+        with torch.no_grad():
+            for name, weight in checkpoint.trainable(self.model).items():
+                if self._sharding.weights:
+                    weight.ds_tensor.copy_(parts[name])
+                    continue
+                if self.ranks.writes:
+                    weight.copy_(parts[name])
+                distributed.broadcast(weight, 0)
+        self.optimizer.refresh_fp32_params()
+
+    def moments(self) -> dict[str, Any]:
+        """See Whole."""
+        found = {}
+        for name, weight in checkpoint.trainable(self.model).items():
+            for key, value in self._state(weight).items():
+                whole = value if key == "step" else self._all_of(weight, value)
+                if self.ranks.writes:
+                    found[f"{name}/{key}"] = whole
+        return found
