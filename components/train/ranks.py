@@ -61,12 +61,16 @@ class Ranks:
         """How many passes this process has to compute, with `passes` of its own."""
         if not self.in_step:
             return passes
+        return round(self.furthest(passes))
+
+    def furthest(self, number: float) -> float:
+        """The largest of what the processes say."""
         import torch
         from torch import distributed
 
-        found = torch.tensor(passes, device=causal.device())
+        found = torch.tensor(number, dtype=torch.float64, device=causal.device())
         distributed.all_reduce(found, distributed.ReduceOp.MAX)
-        return int(found)
+        return float(found)
 
     def told(self, number: int) -> int:
         """What rank 0 says."""

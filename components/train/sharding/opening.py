@@ -8,6 +8,7 @@ from components.train.ranks import Ranks
 from components.train.sharding.config import Sharding
 from components.train.sharding.fsdp2 import Fsdp2
 from components.train.sharding.whole import Whole
+from components.train.sharding.zero import Zero
 
 
 def open_layout(sharding: Sharding, ranks: Ranks) -> Whole:
@@ -17,4 +18,4 @@ def open_layout(sharding: Sharding, ranks: Ranks) -> Whole:
     together = replace(ranks, in_step=True)
     if sharding.kind == "fsdp2":
         return Fsdp2(together, sharding)
-    raise AssertionError(f"no layout for {sharding.kind}")
+    return Zero(together, sharding)

@@ -7,6 +7,7 @@ are ours too: whole weights and moments, which any number of processes or anothe
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -22,6 +23,8 @@ from components.train.sharding.fsdp2 import passing
 from components.train.sharding.whole import Whole
 
 _STAGES = {"zero1": 1, "zero2": 2, "zero3": 3}
+# Of AdamW.
+_MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def settings_of(sharding: Sharding, largest: float) -> dict[str, Any]:
@@ -64,6 +67,9 @@ def _deepspeed() -> Any:
             "hardware.sharding names a stage of ZeRO, and DeepSpeed is not installed here",
             "set hardware.sharding: fsdp2, or install it: pip install 'tuneyard[gpu]'",
         ) from error
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    # Processes on processors of one machine would talk through memory, by code that is compiled at this point.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed
 
 
@@ -99,12 +105,13 @@ class Zero(Whole):
         self.model = objective.model
         settings = settings_of(self._sharding, largest)
         around = passing(self.model)
+        optimizer = make_optimizer(self.model)  # goes by shapes, which weights in pieces do not have
         backend = "nccl" if causal.device().type == "cuda" else "gloo"
         deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
         if self._sharding.weights:
             self._cut(deepspeed, around, settings)
         self._engine, *_ = deepspeed.initialize(
-            model=around, optimizer=make_optimizer(self.model), config=settings, dist_init_required=False
+            model=around, optimizer=optimizer, config=settings, dist_init_required=False
         )
         self.optimizer = self._engine.optimizer
         objective.spare = spare
@@ -116,6 +123,9 @@ class Zero(Whole):
         layers = list(families.layers(self.model).values())
         # Each layer is gathered as one: parts of it are computed by others than their own module.
         deepspeed.utils.set_z3_leaf_modules(around, list({type(layer) for layer in layers}))
+        # A layer whose input needs no gradient, the first one over a frozen embedding, would be given up again
+        # before its own weights have theirs (DeepSpeed 0.19: its hook is one on the gradient of the input).
+        self.model.enable_input_require_grads()
         deepspeed.zero.Init(module=around, config_dict_or_path=settings)
         inside = {id(weight) for layer in layers for weight in layer.parameters()}
         for weight in self.model.parameters():
@@ -229,12 +239,82 @@ class Zero(Whole):
                 distributed.broadcast(weight, 0)
         self.optimizer.refresh_fp32_params()
 
+    def _state(self, weight: Any) -> tuple[dict[str, Any], slice]:
+        """The optimizer's state of the flat tensor that holds this process's part of a weight, and where.
+
+        The slice is empty where none of the weight is here.
+        """
+        inner = self.optimizer.optimizer
+        if self._sharding.weights:
+            group, start, count = self.optimizer.grad_position[self.optimizer.get_param_id(weight)]
+            flat, at = self.optimizer.fp32_partitioned_groups_flat[group], slice(start, start + count)
+        else:
+            place = weight._hp_mapping
+            if place is None:
+                return {}, slice(0, 0)
+            flat = self.optimizer.single_partition_of_fp32_groups[place.param_group_index]
+            start = place.hp_fragment_address.start
+            at = slice(start, start + place.hp_fragment_address.numel)
+        state = inner.state[flat]
+        if not state:
+            state |= {"step": flat.new_zeros(())} | {key: flat.new_zeros(flat.shape) for key in _MOMENTS}
+        return state, at
+
     def moments(self) -> dict[str, Any]:
         """See Whole."""
-        found = {}
+        found: dict[str, Any] = {}
         for name, weight in checkpoint.trainable(self.model).items():
-            for key, value in self._state(weight).items():
-                whole = value if key == "step" else self._all_of(weight, value)
+            state, at = self._state(weight)
+            done = self.ranks.furthest(float(state["step"]) if state else 0.0)
+            for key in _MOMENTS:
+                part = state[key][at].detach() if state else None
+                whole = self._gathered(part, weight) if self._sharding.weights else self._joined(part, weight)
                 if self.ranks.writes:
                     found[f"{name}/{key}"] = whole
+                    found[f"{name}/step"] = whole.new_tensor(done)
         return found
+
+    def _joined(self, part: Any, weight: Any) -> Any:
+        """A whole moment on the CPU, of which each process has a run of entries or none."""
+        from torch import distributed
+
+        every = weight.detach().new_zeros(weight.numel())
+        if part is not None:
+            start = weight._hp_mapping.lp_fragment_address.start
+            every[start : start + len(part)] = part
+        distributed.all_reduce(every)
+        return every.view(weight.shape).cpu()
+
+    def load(self, weights: Mapping[str, Any], moments: Mapping[str, Any]) -> None:
+        """See Whole."""
+        self.restore(self.part_of(weights))
+        for name, weight in checkpoint.trainable(self.model).items():
+            state, at = self._state(weight)
+            if not state or f"{name}/step" not in moments:
+                continue
+            state["step"].fill_(float(moments[f"{name}/step"]))
+            for key in _MOMENTS:
+                whole = moments[f"{name}/{key}"].reshape(-1)
+                begin = (
+                    (at.stop - at.start) * self.ranks.rank
+                    if self._sharding.weights
+                    else weight._hp_mapping.lp_fragment_address.start
+                )
+                mine = whole[begin : begin + at.stop - at.start]  # without the padding at the end
+                state[key][at.start : at.start + len(mine)].copy_(mine)
+
+    def end(self, everything: bool) -> None:
+        """See Whole."""
+        import torch
+
+        if not self._sharding.weights:
+            return
+        for module in self.model.modules():
+            for name, weight in list(module._parameters.items()):
+                if weight is None or not (everything or weight.requires_grad):
+                    continue
+                gathered = self._gathered(weight.ds_tensor.detach(), weight)
+                if self.ranks.writes:
+                    module._parameters[name] = torch.nn.Parameter(gathered, weight.requires_grad)
+        if self.ranks.writes:
+            self.model.tie_weights()

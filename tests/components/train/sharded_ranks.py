@@ -79,6 +79,13 @@ def interrupted(base, rows, case, ours, folder):
     raise AssertionError("it was not interrupted")
 
 
+def entries(weight):
+    """How many entries of a weight are in this process."""
+    if hasattr(weight, "to_local"):
+        return weight.to_local().numel()
+    return getattr(weight, "ds_tensor", weight).numel()
+
+
 WAYS = {"plain": fitted, "cut-off": cut_off, "interrupted": interrupted}
 
 
@@ -93,7 +100,7 @@ def main() -> None:
         )
         here = out / case["name"] / f"rank-{ours.rank}"
         here.mkdir(parents=True)
-        held = sum(p.to_local().numel() if hasattr(p, "to_local") else p.numel() for p in made.model.parameters())
+        held = sum(map(entries, made.model.parameters()))
         (here / "facts.json").write_text(json.dumps({"history": history, "held": held}))
         save_file(layout.copy(), here / "parts.safetensors")
         layout.end(everything=True)
