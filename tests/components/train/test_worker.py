@@ -27,6 +27,7 @@ from components.train import checkpoint, job, keeping, worker
 from components.train.config import TrainConfig
 from components.train.data import dealt
 from components.train.ranks import ALONE, Ranks
+from components.train.sharding.config import Sharding
 from components.train.trainjob import KEY, RESTARTABLE
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -177,9 +178,9 @@ def ordered(tiny_causal, store, tmp_path):
         jsonl.write(tmp_path / side / "examples.jsonl", found)
         inputs[side] = Artifact(store.put_tree(tmp_path / side, "dataset"), tmp_path / side)
 
-    def make(key, **changes):
+    def make(key, sharding="none", **changes):
         context = Context("run", "tiny", "train", key, store, tmp_path / key[:4], tmp_path / key[:4])
-        job._order(settings_for(tiny_causal, **changes), inputs, context)
+        job._order(settings_for(tiny_causal, **changes), inputs, context, Sharding(kind=sharding))
         return context
 
     return make
@@ -208,14 +209,16 @@ def kill_rank(torchrun_process, rank):
     raise AssertionError(f"no process of rank {rank}")
 
 
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize(
+    ("rank", "sharding"), [(0, "none"), (1, "none"), pytest.param(1, "fsdp2", marks=pytest.mark.slow)]
+)
 def test_a_killed_process_is_replaced_and_the_weights_are_those_of_an_undisturbed_run(
-    ordered, store, tmp_path, rank
+    ordered, store, tmp_path, rank, sharding
 ):
     settings = {"max_steps": 120, "checkpoint_steps": 10, "eval_steps": 40}
     whole, cut = "a" * 64, "b" * 64
     for key in (whole, cut):
-        ordered(key, **settings)
+        ordered(key, sharding, **settings)
         process = started(key, tmp_path / key[:4])
         if key == cut:
             while len(checkpoint.uploaded(store, keeping.folder(key))) < 2:
