@@ -5,8 +5,9 @@ from __future__ import annotations
 import itertools
 import json
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -132,7 +133,11 @@ def _smaller(said: str, config: TrainConfig) -> Iterator[tuple[str, TrainConfig]
 
 
 def fitting(
-    config: TrainConfig, rows: Sequence[Mapping[str, Any]], base: Base, limit_bytes: float
+    config: TrainConfig,
+    rows: Sequence[Mapping[str, Any]],
+    base: Base,
+    limit_bytes: float,
+    peak: Callable[[Any], int] = lambda needs: int(needs.process_bytes),
 ) -> list[dict[str, Any]]:
     """For each way to need less, the least change of it that fits, by the same dry run."""
     from components.train import footprint
@@ -140,7 +145,7 @@ def fitting(
     found = []
     for way in alternatives(config):
         for said, settings in way:
-            needs = footprint.predict(settings, base.folder, rows, base.file_bytes).process_bytes
+            needs = peak(footprint.predict(settings, base.folder, rows, base.file_bytes))
             if needs <= limit_bytes:
                 found.append({"set": said, "peak_gib": _gib(needs)})
                 break
@@ -195,9 +200,10 @@ def advise(
         base = base_of(spec.train, store, Path(scratch))
         rows, counted = examples_to_size(spec, store)
         needs = footprint.predict(spec.train, base.folder, rows, base.file_bytes)
-        peak = needs.peak_bytes if gpu else needs.process_bytes
+        of_one = partial(_peak, spec, base, gpu)
+        peak = of_one(needs)
         fits = peak <= limit * 2**30
-        smaller = [] if fits else fitting(spec.train, rows, base, limit * 2**30)
+        smaller = [] if fits else fitting(spec.train, rows, base, limit * 2**30, of_one)
     count = counted if examples is None else examples
     return {
         "pipeline": spec.name,
@@ -213,7 +219,27 @@ def advise(
     }
 
 
+def _peak(spec: PipelineSpec, base: Base, gpu: str, needs: Any) -> int:
+    """Bytes that train needs of what limits it: of one GPU where it is named, else of the machine."""
+    if not gpu:
+        return int(needs.process_bytes)
+    hardware = spec.hardware
+    if hardware.sharding == "none" or hardware.processes == 1:
+        return int(needs.peak_bytes)
+    text = base.shape().get("text_config", base.shape())
+    return sizing.bytes_in_pieces(
+        hardware.sharding,
+        hardware.offload,
+        hardware.processes,
+        (needs.total_weights, needs.moving_weights, needs.body_weights),
+        needs.held_bytes,
+        needs.peak_bytes,
+        int(text.get("num_hidden_layers", 1)),
+    )
+
+
 _ESTIMATES = [
+    "memory.train_gib with --gpu and hardware.sharding: the dry run of one process, divided; nothing was run",
     "memory.evaluate_gib and memory.compress_gib: whole copies of the model, nothing was run",
     "run.seconds and run.dollars: arithmetic over a stated efficiency; early stopping may end it sooner",
     "storage_gib: every example taken for 1 KiB, half again for what is beside",

@@ -15,7 +15,7 @@ from components.shared import drift, jsonl, sources, tracking
 from components.shared.errors import StageStopped
 from components.shared.modelcard import BaseModelRef, ModelCard
 from components.shared.stage import Artifact, Context, Result
-from components.train import checkpoint, holding, job, keeping, retention, saving, selfcheck
+from components.train import checkpoint, holding, job, keeping, processes, retention, saving, selfcheck
 from components.train.adapters.applying import apply_adapter, weight_counts
 from components.train.config import TrainConfig
 from components.train.data import Ledger, fit_lengths, total_steps
@@ -141,7 +141,9 @@ def _resumed_run(context: Context) -> str:
 
 
 def train(config: TrainConfig, inputs: Mapping[str, Artifact], context: Context) -> Result:
-    """Train in this process, or where TUNEYARD_TRAIN_JOB says so in the nodes of a TrainJob.
+    """Train in this process, in one for each GPU of this machine, or in the nodes of a TrainJob.
+
+    TUNEYARD_TRAIN_PROCESSES and TUNEYARD_TRAIN_JOB say which.
 
     In a pod of Kubeflow Pipelines checkpoints also go to the store: an attempt's disk goes with its pod.
 
@@ -152,6 +154,9 @@ def train(config: TrainConfig, inputs: Mapping[str, Artifact], context: Context)
     asked = os.environ.get(ASKED)
     if asked:
         return job.train_as_job(Nodes.model_validate_json(asked), config, inputs, context)
+    here = processes.asked_here()
+    if here:
+        return processes.train_in_processes(here, config, inputs, context)
     if not os.environ.get(_POD):
         return train_here(config, inputs, context)
     keeping.resume(context, ALONE)

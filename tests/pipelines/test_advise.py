@@ -55,6 +55,27 @@ def test_what_suits_is_remarked(examples, weights, changes, said):
     assert any(said in remark for remark in sizing.remarks(settings(**changes), examples, int(weights)))
 
 
+@pytest.mark.parametrize(
+    ("kind", "offload", "expected"),
+    [
+        # 8 billion weights that all move, in float32: 32 GB, gradients as much, moments 64, activations 5.
+        ("zero1", "none", 32 + 32 + (64 + 32) / 4 + 5),
+        ("zero2", "none", 32 + (32 + 64 + 32) / 4 + 5),
+        ("zero2", "cpu", 32 + 5),
+        # Weights and gradients of 2 of 32 layers with 7 billion in all, and of the billion outside them.
+        ("zero3", "none", (32 + 32 + 64 + 32) / 4 + 8 * (1 + 7 / 16) + 5),
+        ("fsdp2", "none", (32 + 32 + 64) / 4 + 8 * (1 + 7 / 16) + 5),
+        ("fsdp2", "cpu", 8 * (1 + 7 / 16) + 5),
+    ],
+)
+def test_what_lies_in_pieces_is_divided_by_the_processes(kind, offload, expected):
+    held = 32 + 64 + 32  # with the copy of the best weights, which is in the memory of the host
+    found = sizing.bytes_in_pieces(
+        kind, offload, 4, (8 * 10**9, 8 * 10**9, 7 * 10**9), held * 10**9, (held + 32 + 5) * 10**9, 32
+    )
+    assert found == pytest.approx(expected * 1e9)
+
+
 def test_what_is_usual_draws_no_remark():
     assert sizing.remarks(settings(adapter="lora"), 5000, 270_000_000) == []
 

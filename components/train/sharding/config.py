@@ -10,6 +10,8 @@ from components.shared.settings import Settings
 Kind = Literal["none", "fsdp2", "zero1", "zero2", "zero3"]
 Offload = Literal["none", "cpu"]
 
+# Environment variable of a train stage on one machine with a `Processes` as JSON.
+HERE = "TUNEYARD_TRAIN_PROCESSES"
 # Objectives whose loss is a sum of forward passes that are alike in every process. The others read the whole
 # base beforehand (dpo, ppo), other processes' examples (contrastive) or gradients (multi-task).
 OBJECTIVES = (
@@ -44,6 +46,18 @@ class Sharding(Settings):
     def weights(self) -> bool:
         """Whether the weights are in pieces, so that no GPU need hold the whole model."""
         return self.kind in ("fsdp2", "zero3")
+
+
+class Processes(Settings):
+    """What a pipeline file asks of one machine.
+
+    Args:
+        count: one for each GPU.
+        sharding: what lies in pieces among them.
+    """
+
+    count: int
+    sharding: Sharding = Sharding()
 
 
 def misfits(
