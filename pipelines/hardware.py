@@ -1,4 +1,4 @@
-"""The `hardware:` section: what a pipeline asks of a cluster. One machine only checks it."""
+"""The `hardware:` section: what a pipeline asks of a cluster. One machine checks it, and uses its GPUs."""
 
 from __future__ import annotations
 

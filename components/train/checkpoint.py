@@ -55,9 +55,7 @@ def random_state() -> dict[str, Any]:
     return state
 
 
-def save(
-    folder: Path, step: int, tensors: Mapping[str, Mapping[str, Any]], state: Any, keep: int
-) -> Path:
+def save(folder: Path, step: int, tensors: Mapping[str, Mapping[str, Any]], state: Any, keep: int) -> Path:
     """Write the checkpoint of a step and delete the oldest beyond `keep`. Returns its folder.
 
     Args:

@@ -23,7 +23,7 @@ from components.shared.store import Store
 from components.train import checkpoint, cluster, keeping
 from components.train.cluster import Cluster
 from components.train.config import TrainConfig
-from components.train.sharding.config import Sharding
+from components.train.sharding.config import WHOLE, Sharding
 from components.train.trainjob import Nodes, name_of, trainjob
 
 log = logging.getLogger("tuneyard.train")
@@ -89,7 +89,7 @@ def raise_if_idle(nodes: int, on_each: int, config: TrainConfig) -> None:
 
 
 def order(
-    config: TrainConfig, inputs: Mapping[str, Artifact], context: Context, sharding: Sharding = Sharding()
+    config: TrainConfig, inputs: Mapping[str, Artifact], context: Context, sharding: Sharding = WHOLE
 ) -> None:
     """Write down what the workers are to do.
 

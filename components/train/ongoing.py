@@ -1,4 +1,4 @@
-"""A fit as far as it went: what it has to say at the end, and between two updates all that a checkpoint holds."""
+"""A fit as far as it went: what it says at the end, and all that a checkpoint holds between two updates."""
 
 from __future__ import annotations
 

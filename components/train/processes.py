@@ -72,7 +72,10 @@ def train_in_processes(
     command += ["--module", "components.train.worker"]
     # In a group of its own: Ctrl-C reaches it through here, once.
     running = subprocess.Popen(
-        command, env={**os.environ, **RESTARTABLE, KEY: context.key}, stdout=sys.stderr, start_new_session=True
+        command,
+        env={**os.environ, **RESTARTABLE, KEY: context.key},
+        stdout=sys.stderr,
+        start_new_session=True,
     )
     try:
         status = running.wait()

@@ -24,7 +24,7 @@ from components.train.objectives.base import Objective
 from components.train.objectives.config import PpoObjective
 from components.train.objectives.opening import computed_in, open_objective
 from components.train.ranks import ALONE, Ranks
-from components.train.sharding.config import Sharding
+from components.train.sharding.config import WHOLE, Sharding
 from components.train.sharding.opening import open_layout
 from components.train.trainjob import ASKED, Nodes
 from components.train.update import autocast
@@ -140,6 +140,29 @@ def _resumed_run(context: Context) -> str:
     return note.read_text() if note.exists() and checkpoint.newest(context.work / "checkpoints") else ""
 
 
+def _run_of(
+    config: TrainConfig,
+    context: Context,
+    inputs: Mapping[str, Artifact],
+    weights: tuple[int, int],
+    base: BaseModelRef,
+) -> str:
+    """The MLflow run of this training, noted where a later attempt finds it."""
+    facts = {"trainable_weights": weights[0], "total_weights": weights[1]}
+    facts["base_fingerprint"] = base.fingerprint
+    run_id = _resumed_run(context) or _track(config, context, inputs, facts)
+    context.work.mkdir(parents=True, exist_ok=True)
+    (context.work / "mlflow_run").write_text(run_id)
+    return run_id
+
+
+def _judged(
+    objective: Objective, rows: Sequence[dict[str, Any]], config: TrainConfig
+) -> list[dict[str, Any]]:
+    """The rows of eval that are judged."""
+    return sorted(objective.usable(rows), key=lambda row: row["id"])[: config.eval_examples]
+
+
 def train(config: TrainConfig, inputs: Mapping[str, Artifact], context: Context) -> Result:
     """Train in this process, in one for each GPU of this machine, or in the nodes of a TrainJob.
 
@@ -170,7 +193,7 @@ def train_here(
     context: Context,
     ranks: Ranks = ALONE,
     saved: Callable[[Path], None] = lambda _: None,
-    sharding: Sharding = Sharding(),
+    sharding: Sharding = WHOLE,
 ) -> Result:
     """Write `model` (an adapter or whole weights, with its card) and `ledger` (rows cut or dropped, history).
 
@@ -192,8 +215,7 @@ def train_here(
     precision = computed_in(config)
     with layout.opening():
         objective = _open(config, rows["train"], context)
-        judged = sorted(objective.usable(rows["eval"]), key=lambda row: row["id"])
-        rows["eval"] = judged[: config.eval_examples]
+        rows["eval"] = _judged(objective, rows["eval"], config)
         encoded, ledgers = _encode(objective, rows, config)
         objective.prepare([*encoded["train"], *encoded["eval"]], partial(autocast, precision))
         _adapt(objective, config)
@@ -202,10 +224,7 @@ def train_here(
         checked = selfcheck.check(objective, encoded["train"], rows["train"], precision)
         holding.begin(objective, config, context.store, partial(autocast, precision))
     base = _reference(config.base_model, context, config.revision)
-    facts = {"trainable_weights": moving, "total_weights": total, "base_fingerprint": base.fingerprint}
-    run_id = (_resumed_run(context) or _track(config, context, inputs, facts)) if ranks.writes else ""
-    context.work.mkdir(parents=True, exist_ok=True)
-    (context.work / "mlflow_run").write_text(run_id)
+    run_id = _run_of(config, context, inputs, (moving, total), base) if ranks.writes else ""
     log.info("train: %d examples, %d of %d weights move", len(encoded["train"]), moving, total)
     fitting = partial(fit, objective, precision=precision, ranks=layout.ranks, saved=saved, layout=layout)
     result = _fit_tracked(fitting, encoded, config, context, run_id)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from components.shared.settings import Settings
-from components.train.sharding.config import Sharding
+from components.train.sharding.config import WHOLE, Sharding
 
 if TYPE_CHECKING:
     from kubeflow_trainer_api import models
@@ -63,7 +63,7 @@ class Nodes(Settings):
     image: str
     nodes: int
     processes: int
-    sharding: Sharding = Sharding()
+    sharding: Sharding = WHOLE
     gpus: int
     gpu_resource: str
     cpus: str

@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-from components.shared import causal, clock, packed
+from components.shared import clock, packed
 from components.shared.tasks import Task
 from components.train.ranks import Ranks
 
@@ -31,8 +31,8 @@ class Objective(ABC):
         retained: retention.Retained, where there is such a set.
         penalties: what is minimised beside the loss, once an update: (micro-batches of this process, terms of
             the update, arithmetic, ranks) -> figures for the history, after adding its gradient.
-        spare: a train example that is computed, its loss counting for nothing, where another process still has
-            examples and all compute in step; see Ranks.most.
+        spare: a train example that is computed, its loss counting for nothing, where another process still
+            has examples and all compute in step; see Ranks.most.
         before_pass: called before each pass of an update with whether it is the last.
         plain_loss: the same as `summed_loss` by the book, slow and obvious; None where that is the same.
     """

@@ -48,6 +48,9 @@ class Sharding(Settings):
         return self.kind in ("fsdp2", "zero3")
 
 
+WHOLE = Sharding()
+
+
 class Processes(Settings):
     """What a pipeline file asks of one machine.
 
@@ -57,7 +60,7 @@ class Processes(Settings):
     """
 
     count: int
-    sharding: Sharding = Sharding()
+    sharding: Sharding = WHOLE
 
 
 def misfits(
@@ -87,11 +90,20 @@ def misfits(
         yield at, f"adapter {adapter} cannot be cut up; {kind} goes with {', '.join(ADAPTERS)}"
     own = train.get("adapter")
     if isinstance(own, Mapping) and own.get("dora"):
-        yield ("train", "adapter", "dora"), f"its magnitudes read whole weights, which {kind} cuts up; drop one"
+        yield (
+            ("train", "adapter", "dora"),
+            f"its magnitudes read whole weights, which {kind} cuts up; drop one",
+        )
     if train.get("learning_rate") == "auto":
-        yield ("train", "learning_rate"), f"auto tries rates on whole weights, which {kind} cuts up: set a number"
+        yield (
+            ("train", "learning_rate"),
+            f"auto tries rates on whole weights, which {kind} cuts up: set a number",
+        )
     retain = train.get("retain")
     for name in ("ewc", "distil_from_base"):
         if isinstance(retain, Mapping) and retain.get(name):
             todo = "use retain.replay, or sharding: none"
-            yield ("train", "retain", name), f"it holds the base's weights whole, which {kind} cuts up: {todo}"
+            yield (
+                ("train", "retain", name),
+                f"it holds the base's weights whole, which {kind} cuts up: {todo}",
+            )

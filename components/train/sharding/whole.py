@@ -70,11 +70,11 @@ class Whole:
         return measures.clip(weights, largest)
 
     def moved(self, before: Mapping[str, Any], parts: Mapping[str, Any]) -> dict[str, float]:
-        """How far an update moved the weights, from a sample of the same parts before; see measures.moved."""
+        """How far an update moved the weights, from a sample of their parts before; see measures.moved."""
         return measures.moved(before, parts)
 
     def step(self) -> dict[str, float]:
-        """Move the weights by their gradients, and forget these. Returns what the history is to have of it."""
+        """Move the weights by their gradients, and forget these. Returns what the history has of it."""
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return {}

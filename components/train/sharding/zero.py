@@ -1,76 +1,27 @@
 """Optimizer state, gradients and weights in pieces, by DeepSpeed's ZeRO (arXiv:1910.02054).
 
-DeepSpeed's engine takes the backward pass, clipping and the update; what an update is stays ours. Losses
-are divided by the terms of the whole update, so its mean over processes is turned back into a sum. Checkpoints
+DeepSpeed's engine takes the backward pass, clipping and the update; what an update is stays ours. Losses are
+divided by the terms of the whole update, so its mean over processes is turned back into a sum. Checkpoints
 are ours too: whole weights and moments, which any number of processes or another layout goes on from.
 """
 
 from __future__ import annotations
 
-import logging
-import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 from components.shared import causal, families
-from components.shared.errors import TuneyardError
 from components.train import checkpoint
 from components.train.objectives.base import Objective
 from components.train.ranks import Ranks
+from components.train.sharding import engine
 from components.train.sharding.config import Sharding
 from components.train.sharding.fsdp2 import passing
 from components.train.sharding.whole import Whole
 
-_STAGES = {"zero1": 1, "zero2": 2, "zero3": 3}
 # Of AdamW.
 _MOMENTS = ("exp_avg", "exp_avg_sq")
-
-
-def settings_of(sharding: Sharding, largest: float) -> dict[str, Any]:
-    """DeepSpeed's own configuration; what stands in no pipeline file is its default.
-
-    Args:
-        sharding: settings.
-        largest: norm that a gradient may have.
-    """
-    stage = _STAGES[sharding.kind]
-    pinned = causal.device().type == "cuda"
-    zero: dict[str, Any] = {"stage": stage, "overlap_comm": pinned}
-    if sharding.offload == "cpu":
-        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": pinned}
-        if stage == 3:
-            zero["offload_param"] = {"device": "cpu", "pin_memory": pinned}
-    if stage == 3:
-        # Small weights are cut up as well: the memory of a process is then the same share of any model.
-        zero["stage3_param_persistence_threshold"] = 0
-    return {
-        # Updates are counted by the loop, which says which backward pass is the last one of each.
-        "train_micro_batch_size_per_gpu": 1,
-        "gradient_accumulation_steps": 1,
-        "gradient_clipping": largest,
-        "zero_optimization": zero,
-        # The optimizer is the one that trains without pieces. DeepSpeed's own for offloading is compiled when
-        # it is first used, and there is no compiler in the image; PyTorch's fused one does the same.
-        "zero_force_ds_cpu_optimizer": False,
-    }
-
-
-def _deepspeed() -> Any:
-    """The library, told to use processors where there is no GPU."""
-    if causal.device().type == "cpu":
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    try:
-        import deepspeed
-    except ImportError as error:
-        raise TuneyardError(
-            "hardware.sharding names a stage of ZeRO, and DeepSpeed is not installed here",
-            "set hardware.sharding: fsdp2, or install it: pip install 'tuneyard[gpu]'",
-        ) from error
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    # Processes on processors of one machine would talk through memory, by code that is compiled at this point.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    return deepspeed
 
 
 class Zero(Whole):
@@ -101,9 +52,9 @@ class Zero(Whole):
         self, objective: Objective, make_optimizer: Callable[[Any], Any], largest: float, spare: Any
     ) -> None:
         """See Whole."""
-        deepspeed = _deepspeed()
+        deepspeed = engine.library()
         self.model = objective.model
-        settings = settings_of(self._sharding, largest)
+        settings = engine.settings_of(self._sharding, largest)
         around = passing(self.model)
         optimizer = make_optimizer(self.model)  # goes by shapes, which weights in pieces do not have
         backend = "nccl" if causal.device().type == "cuda" else "gloo"
@@ -123,7 +74,7 @@ class Zero(Whole):
         layers = list(families.layers(self.model).values())
         # Each layer is gathered as one: parts of it are computed by others than their own module.
         deepspeed.utils.set_z3_leaf_modules(around, list({type(layer) for layer in layers}))
-        # A layer whose input needs no gradient, the first one over a frozen embedding, would be given up again
+        # A layer whose input needs no gradient, the first one over a frozen embedding, would be given up
         # before its own weights have theirs (DeepSpeed 0.19: its hook is one on the gradient of the input).
         self.model.enable_input_require_grads()
         deepspeed.zero.Init(module=around, config_dict_or_path=settings)

@@ -106,7 +106,9 @@ def main() -> None:
         save_file(layout.copy(), here / "parts.safetensors")
         layout.end(everything=True)
         if ours.writes:
-            save_file({n: w.detach().clone() for n, w in made.model.named_parameters()}, here / "whole.safetensors")
+            save_file(
+                {n: w.detach().clone() for n, w in made.model.named_parameters()}, here / "whole.safetensors"
+            )
     ranks.part(ours)
 
 

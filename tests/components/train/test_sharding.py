@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 
 from components.shared.errors import SpecError
 from components.train.sharding.config import Sharding
-from components.train.sharding.zero import settings_of
+from components.train.sharding.engine import settings_of
 from components.train.trainjob import RESTARTABLE
 from pipelines.spec import load
 
@@ -257,7 +257,12 @@ def test_the_hardware_section_says_how_a_training_is_cut_up(tmp_path):
     [
         ("{gpus_per_node: 2, offload: cpu}", "sft", "", "line 8: hardware.offload: there are no pieces"),
         ("{sharding: fsdp2}", "sft", "", "line 8: hardware.sharding: fsdp2 cuts a training up among GPUs"),
-        ("{gpus_per_node: 2, sharding: zero2}", "dpo", "", "dpo computes on whole weights; zero2 goes with sft"),
+        (
+            "{gpus_per_node: 2, sharding: zero2}",
+            "dpo",
+            "",
+            "dpo computes on whole weights; zero2 goes with sft",
+        ),
         ("{gpus_per_node: 2, sharding: fsdp2}", "contrastive", "", "contrastive computes on whole weights"),
         ("{gpus_per_node: 2, sharding: fsdp2}", "sft", "  adapter: qlora", "adapter qlora cannot be cut up"),
         (
