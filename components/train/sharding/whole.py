@@ -70,7 +70,7 @@ class Whole:
         return measures.clip(weights, largest)
 
     def moved(self, before: Mapping[str, Any], parts: Mapping[str, Any]) -> dict[str, float]:
-        """How far an update moved the weights, from a sample of their parts before; see measures.moved."""
+        """How far an update moved the weights, from a sample of their parts before; see `measures`."""
         return measures.moved(before, parts)
 
     def step(self) -> dict[str, float]:
