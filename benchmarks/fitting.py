@@ -8,22 +8,14 @@ from __future__ import annotations
 import json
 import logging
 import os
-import re
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from components.shared import jsonl
+from components.shared import clock, jsonl
 from components.shared.stage import Artifact, Context
 from components.train.config import TrainConfig
-
-
-def high_water_bytes() -> int:
-    """The most resident memory this process has had, from Linux."""
-    found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
-    assert found
-    return int(found[1]) * 1024
 
 
 def train(config: TrainConfig, folder: Path) -> dict[str, Any]:
@@ -45,16 +37,16 @@ def train(config: TrainConfig, folder: Path) -> dict[str, Any]:
     started = stage._open
 
     def opened(*given: Any) -> Any:
-        marks["before_opening"] = high_water_bytes()
+        marks["before_opening_gib"] = clock.peak_memory_gib()
         found = started(*given)
-        marks["after_opening"] = high_water_bytes()
+        marks["after_opening_gib"] = clock.peak_memory_gib()
         return found
 
     stage._open = opened
     result = stage.train(config, inputs, context)
     return {
         **marks,
-        "peak": high_water_bytes(),
+        "peak_gib": clock.peak_memory_gib(),
         "tokens_per_second": result.metrics["tokens_per_second"],
     }
 

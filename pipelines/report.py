@@ -138,7 +138,7 @@ def _row(stage: str, commit: Mapping[str, Any] | None, record: Mapping[str, Any]
         "outputs": dict(commit["outputs"]) if commit else {},
     }
     if commit and not cached:
-        row["arithmetic_seconds"] = commit["arithmetic_seconds"]
+        row |= {name: commit[name] for name in ("arithmetic_seconds", "peak_memory_gib")}
     return row
 
 

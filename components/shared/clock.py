@@ -1,10 +1,13 @@
-"""How long a stage's models compute; whatever else its time goes to is overhead, to be shown and cut."""
+"""What a stage takes: how long its models compute (the rest is overhead, to be cut), and how much memory."""
 
 from __future__ import annotations
 
+import re
+import resource
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 _seconds = 0.0
 _inside = 0
@@ -27,3 +30,14 @@ def arithmetic() -> Iterator[None]:
 def arithmetic_seconds() -> float:
     """Seconds inside `arithmetic` since this process began."""
     return _seconds
+
+
+def peak_memory_gib() -> float:
+    """Most resident memory, in GiB, since this process began; a stage has one to itself."""
+    status = Path("/proc/self/status")
+    if status.is_file():
+        # What getrusage says on Linux includes the process that this one was forked from.
+        marked = re.search(r"VmHWM:\s+(\d+) kB", status.read_text())
+        assert marked
+        return int(marked[1]) / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**30  # bytes on macOS

@@ -125,6 +125,7 @@ def _run_verb(
         "page": page,
         "seconds": round(time.time() - started, 3),
         "arithmetic_seconds": round(clock.arithmetic_seconds() - computed, 3),
+        "peak_memory_gib": round(clock.peak_memory_gib(), 3),
         "outputs": {name: context.store.manifest_uri(manifest) for name, manifest in manifests.items()},
     }
     return write_commit(commit, context.store)

@@ -164,7 +164,10 @@ def _places(indices: Any) -> list[Any]:
 
 @contextlib.contextmanager
 def no_weights_read() -> Iterator[None]:
-    """Within the block transformers builds its models from their config.json alone."""
+    """Within the block transformers builds its models from their config.json alone.
+
+    Nothing is initialised either: PyTorch draws until all numbers are within bounds, and these never are.
+    """
     from transformers import PreTrainedModel
     from transformers.initialization import no_init_weights
 
@@ -178,13 +181,13 @@ def no_weights_read() -> Iterator[None]:
         dtype = named.get("dtype") or named.get("torch_dtype")
         if dtype in (None, "auto"):
             dtype = getattr(settings, "dtype", None) or torch.float32
-        with no_init_weights():
-            model = cls._from_config(settings, dtype=dtype).eval()
+        model = cls._from_config(settings, dtype=dtype).eval()
         model.tie_weights()
         return model
 
     PreTrainedModel.from_pretrained = classmethod(build)
     try:
-        yield
+        with no_init_weights():
+            yield
     finally:
         PreTrainedModel.from_pretrained = original

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import time
 
+import psutil
 import pytest
 
 from components.shared import clock, recording
@@ -81,6 +82,19 @@ def test_a_commit_tells_arithmetic_from_the_rest(store):
         commit = perform(verb, Config(number=number), RUN, {})
         # Both are rounded to milliseconds, and two clocks count them.
         assert 0.09 <= commit["arithmetic_seconds"] <= commit["seconds"] - 0.09
+
+
+def test_a_commit_says_how_much_memory_its_process_had(store):
+    held = []
+
+    def verb(config, inputs, context):
+        held.append(bytearray(b"1") * 2**28)
+        return Result(kinds={})
+
+    verb.__module__ = "components.ingest.ingest"
+    said = perform(verb, Config(number=1), RUN, {})["peak_memory_gib"]
+    # The kernel rounds what a thread has not told it yet; other tests may have had more before.
+    assert psutil.Process().memory_info().rss / 2**30 - 0.05 < said < psutil.virtual_memory().total / 2**30
 
 
 def test_settings_inputs_and_outside_bytes_each_make_it_run(stage, store, tmp_path):
