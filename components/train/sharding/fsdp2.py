@@ -98,7 +98,7 @@ class Fsdp2(Whole):
                 module.set_gradient_divide_factor(1.0)
                 module.set_force_sum_reduction_for_comms(True)
         objective.spare = spare
-        objective.summed_loss = self._through(objective.summed_loss)  # type: ignore[method-assign]
+        objective.summed_loss = self._through(objective.summed_loss)  # type: ignore[assignment, method-assign]
         self.optimizer = make_optimizer(self.model)
 
     def _through(self, loss: Callable[[Any, float], Any]) -> Callable[[Any, float], Any]:

@@ -74,7 +74,7 @@ class Whole:
         return measures.moved(before, parts)
 
     def step(self) -> dict[str, float]:
-        """Move the weights by their gradients, and forget these. Returns what the history has of it."""
+        """Move the weights by their gradients, and forget these. Returns what is noted of it."""
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return {}

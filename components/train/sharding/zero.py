@@ -67,7 +67,7 @@ class Zero(Whole):
         self.optimizer = self._engine.optimizer
         objective.spare = spare
         objective.before_pass = self._engine.set_gradient_accumulation_boundary
-        objective.summed_loss = self._through(objective.summed_loss)  # type: ignore[method-assign]
+        objective.summed_loss = self._through(objective.summed_loss)  # type: ignore[assignment, method-assign]
 
     def _cut(self, deepspeed: Any, around: Any, settings: dict[str, Any]) -> None:
         """Cut the weights up, one after the other on its way to the GPU, before anything takes them whole."""
