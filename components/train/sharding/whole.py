@@ -88,7 +88,7 @@ class Whole:
         checkpoint.restore_weights(self.model, parts)
 
     def whole(self, parts: Mapping[str, Any]) -> dict[str, Any]:
-        """The weights of which all processes give their parts; in processes that do not write perhaps none."""
+        """Weights of which all processes give their parts; in those that do not write perhaps none."""
         return dict(parts)
 
     def part_of(self, weights: Mapping[str, Any]) -> dict[str, Any]:
