@@ -148,8 +148,8 @@ def _run_of(
     base: BaseModelRef,
 ) -> str:
     """The MLflow run of this training, noted where a later attempt finds it."""
-    facts = {"trainable_weights": weights[0], "total_weights": weights[1]}
-    facts["base_fingerprint"] = base.fingerprint
+    counts = dict(zip(("trainable_weights", "total_weights"), weights, strict=True))
+    facts = {**counts, "base_fingerprint": base.fingerprint}
     run_id = _resumed_run(context) or _track(config, context, inputs, facts)
     context.work.mkdir(parents=True, exist_ok=True)
     (context.work / "mlflow_run").write_text(run_id)
