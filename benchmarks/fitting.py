@@ -22,6 +22,7 @@ def train(config: TrainConfig, folder: Path) -> dict[str, Any]:
     """Train there, with MLflow in a file of its own."""
     import kfp.dsl  # noqa: F401  the stage's process has it too
 
+    from components.train import beginning
     from components.train import train as stage
 
     os.environ["MLFLOW_TRACKING_URI"] = f"sqlite:///{folder}/mlflow.db"
@@ -34,7 +35,7 @@ def train(config: TrainConfig, folder: Path) -> dict[str, Any]:
     context = Context("run", "footprint", "train", "k" * 64, None, folder / "out", folder / "work")  # type: ignore[arg-type]
     context.out.mkdir()
     marks: dict[str, int] = {}
-    started = stage._open
+    started = beginning.open_for
 
     def opened(*given: Any) -> Any:
         marks["before_opening_gib"] = clock.peak_memory_gib()
@@ -42,7 +43,7 @@ def train(config: TrainConfig, folder: Path) -> dict[str, Any]:
         marks["after_opening_gib"] = clock.peak_memory_gib()
         return found
 
-    stage._open = opened
+    beginning.open_for = opened
     result = stage.train(config, inputs, context)
     return {
         **marks,

@@ -67,6 +67,7 @@ def ours(task: dict[str, Any], examples: Sequence[Encoded], clock: Clock) -> Non
     from components.train.data import schedule_batches
     from components.train.objectives.opening import open_objective
     from components.train.ranks import ALONE
+    from components.train.sharding.whole import Whole
     from components.train.update import make_optimizer, timed_update
 
     config = TrainConfig(
@@ -83,7 +84,7 @@ def ours(task: dict[str, Any], examples: Sequence[Encoded], clock: Clock) -> Non
     torch.manual_seed(0)
     apply_adapter(objective, config)
     objective.model.train()
-    optimizer = make_optimizer(objective.model, config)
+    layout = Whole(ALONE, make_optimizer(objective.model, config))
 
     def note(row: dict[str, float], tokens: int, seconds: float) -> None:
         clock.saw(tokens)
@@ -93,7 +94,7 @@ def ours(task: dict[str, Any], examples: Sequence[Encoded], clock: Clock) -> Non
     for number, step in enumerate(steps):
         clock.begin()
         batches = [[examples[i] for i in micro] for micro in step]
-        timed_update(objective, optimizer, len(steps), config, precision, ALONE, note, number, batches)
+        timed_update(objective, layout, len(steps), config, precision, note, lambda _: False, number, batches)
         clock.end()
 
 

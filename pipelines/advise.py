@@ -5,8 +5,8 @@ from __future__ import annotations
 import itertools
 import json
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,9 @@ from components.shared import sources
 from components.shared.errors import TuneyardError
 from components.shared.store import Store
 from components.train.config import TrainConfig
-from pipelines import sizing
+from pipelines import sizing, smaller
 from pipelines.embedded.preflight import available_memory_gib
+from pipelines.smaller import gib
 from pipelines.spec import PipelineSpec
 
 # Examples that are tokenised for a prediction; the longest of more are hardly longer.
@@ -103,79 +104,6 @@ def _train_share(spec: PipelineSpec) -> float:
     return train / (train + watched) if spec.split.test_source else train / (train + watched + judged)
 
 
-def changed(config: TrainConfig, **changes: Any) -> TrainConfig:
-    """Settings with some of them changed."""
-    return TrainConfig.model_validate(config.model_dump() | changes)
-
-
-def alternatives(config: TrainConfig) -> Iterator[list[tuple[str, TrainConfig]]]:
-    """Ways to need less memory, each from the least change to the most, as `--set` spells them."""
-    once = config if config.gradient_checkpointing else changed(config, gradient_checkpointing=True)
-    yield list(_smaller("", config))
-    if once is not config:
-        said = "train.gradient_checkpointing=true"
-        yield [(said, once), *_smaller(said, once)]
-    if config.adapter.frozen and config.precision == "float32":
-        said = "train.precision=bfloat16"
-        yield [(said, changed(config, precision="bfloat16"))]
-    kinds = () if config.adapter.kind == "qlora" else ("qlora",)
-    for kind in kinds if config.adapter.frozen else ("lora", *kinds):
-        said = f"train.adapter={kind}"
-        other = changed(config, adapter={"kind": kind}, learning_rate=None)
-        least = changed(other, gradient_checkpointing=True)
-        yield [(said, other), *_smaller(said, other), (f"{said} train.gradient_checkpointing=true", least)]
-
-
-def _smaller(said: str, config: TrainConfig) -> Iterator[tuple[str, TrainConfig]]:
-    """Half the batch and twice the accumulation, again and again: every update stays what it was."""
-    batch, times = config.per_device_batch_size, config.gradient_accumulation_steps
-    while batch > 1 and batch % 2 == 0:
-        batch, times = batch // 2, times * 2
-        sizes = {"per_device_batch_size": batch, "gradient_accumulation_steps": times}
-        words = " ".join(f"train.{name}={value}" for name, value in sizes.items())
-        yield f"{said} {words}".strip(), changed(config, **sizes)
-
-
-def fitting(
-    config: TrainConfig, rows: Sequence[Mapping[str, Any]], base: Base, limit_bytes: float
-) -> list[dict[str, Any]]:
-    """For each way to need less, the least change of it that fits, by the same dry run."""
-    from components.train import footprint
-
-    found = []
-    for way in alternatives(config):
-        for said, settings in way:
-            needs = footprint.predict(settings, base.folder, rows, base.file_bytes).process_bytes
-            if needs <= limit_bytes:
-                found.append({"set": said, "peak_gib": _gib(needs)})
-                break
-    return found
-
-
-def _fewer(one: int, at_once: int, limit_gib: float) -> list[dict[str, Any]]:
-    """Fewer trials at a time, where some fit."""
-    room = min(at_once - 1, int(limit_gib * 2**30 // one))
-    return [{"set": f"train.search.parallel={room}", "peak_gib": _gib(room * one)}] if room > 0 else []
-
-
-def _in_turn(
-    config: TrainConfig, rows: Sequence[Mapping[str, Any]], base: Base, limit_gib: float
-) -> list[dict[str, Any]]:
-    """Ways to need less by other settings; of a search, those that it does not vary, one trial at a time."""
-    found = fitting(sizing.heaviest(config), rows, base, limit_gib * 2**30)
-    if not config.search:
-        return found
-    varied = tuple(f"train.{name}=" for name in config.search.space)
-    alone = " train.search.parallel=1" if config.search.parallel > 1 else ""
-    return [
-        way | {"set": way["set"] + alone} for way in found if not any(name in way["set"] for name in varied)
-    ]
-
-
-def _gib(count: float) -> float:
-    return round(count / 2**30, 2)
-
-
 def limit_gib(
     spec: PipelineSpec, gpu: str, target: str, available_gib: float | None = None
 ) -> tuple[float, str]:
@@ -221,15 +149,21 @@ def advise(
         rows, counted = examples_to_size(spec, store, Path(scratch) / "corpus")
         at_once = sizing.at_once(spec.train)
         needs = footprint.predict(sizing.heaviest(spec.train), base.folder, rows, base.file_bytes)
-        one = needs.peak_bytes if gpu else needs.process_bytes
+        of_one = partial(_peak, spec, base, gpu)
+        one = of_one(needs)
         fits = one * at_once <= limit * 2**30
-        smaller = [] if fits else [*_fewer(one, at_once, limit), *_in_turn(spec.train, rows, base, limit)]
+        others = (
+            []
+            if fits
+            else smaller.fewer(one, at_once, limit)
+            + smaller.in_turn(spec.train, rows, base.folder, base.file_bytes, limit, of_one)
+        )
     count = counted if examples is None else examples
     return {
         "pipeline": spec.name,
         "memory": _memory(spec, needs, one * at_once, base)
         | {"limit_gib": round(limit, 2), "limit_is": of, "fits": fits},
-        "settings_that_fit": smaller,
+        "settings_that_fit": others,
         "run": _run(spec.train, needs, count, gpu, dollars_per_hour),
         "storage_gib": _storage(spec, needs, base, count),
         "weights": {"total": needs.total_weights, "moving": needs.moving_weights},
@@ -239,7 +173,27 @@ def advise(
     }
 
 
+def _peak(spec: PipelineSpec, base: Base, gpu: str, needs: Any) -> int:
+    """Bytes that train needs of what limits it: of one GPU where it is named, else of the machine."""
+    if not gpu:
+        return int(needs.process_bytes)
+    hardware = spec.hardware
+    if hardware.sharding == "none" or hardware.processes == 1:
+        return int(needs.peak_bytes)
+    text = base.shape().get("text_config", base.shape())
+    return sizing.bytes_in_pieces(
+        hardware.sharding,
+        hardware.offload,
+        hardware.processes,
+        (needs.total_weights, needs.moving_weights, needs.body_weights),
+        needs.held_bytes,
+        needs.peak_bytes,
+        int(text.get("num_hidden_layers", 1)),
+    )
+
+
 _ESTIMATES = [
+    "memory.train_gib with --gpu and hardware.sharding: the dry run of one process, divided; nothing was run",
     "memory.evaluate_gib and memory.compress_gib: whole copies of the model, nothing was run",
     "run.seconds and run.dollars: arithmetic over a stated efficiency; early stopping may end it sooner",
     "storage_gib: every example taken for 1 KiB, half again for what is beside",
@@ -250,18 +204,18 @@ _ESTIMATES = [
 def _memory(spec: PipelineSpec, needs: Any, peak: int, base: Base) -> dict[str, Any]:
     """Peak of train by dry run; of the two other stages that load the model, by its copies."""
     host, whole = needs.host_bytes, needs.total_weights
-    found = {"train_gib": _gib(peak), "train_between_updates_gib": _gib(needs.held_bytes)}
+    found = {"train_gib": gib(peak), "train_between_updates_gib": gib(needs.held_bytes)}
     # Base and tuned are judged one after the other; the file of each is mapped while it is read.
-    found["evaluate_gib"] = _gib(host + 4 * whole + base.file_bytes)
+    found["evaluate_gib"] = gib(host + 4 * whole + base.file_bytes)
     if spec.compress is not None:
-        found["compress_gib"] = _gib(host + 2 * 4 * whole + base.file_bytes)
+        found["compress_gib"] = gib(host + 2 * 4 * whole + base.file_bytes)
     return found
 
 
 def _storage(spec: PipelineSpec, needs: Any, base: Base, examples: int) -> float:
     corpus = round(examples / _train_share(spec))
     checkpoints = (spec.train.keep_checkpoints + 1) * sizing.at_once(spec.train) - 1
-    return _gib(
+    return gib(
         sizing.storage_bytes(needs.total_weights, needs.moving_weights, base.file_bytes, corpus, checkpoints)
     )
 

@@ -1,4 +1,4 @@
-"""The `hardware:` section: what a pipeline asks of a cluster. One machine only checks it."""
+"""The `hardware:` section: what a pipeline asks of a cluster. One machine checks it, and uses its GPUs."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, StringConstraints, model_validator
 
 from components.shared.settings import Settings
+from components.train.sharding.config import Kind, Offload, Sharding
 
 # Names of Kubernetes objects (RFC 1123 subdomain) and keys of labels (with an optional DNS prefix).
 Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?$")]
@@ -136,6 +137,8 @@ class HardwareConfig(StageHardware):
     Args:
         nodes: of the training job. More than one node, or GPU: a Kubeflow TrainJob, not the stage's pod.
         gpus_per_node: of the training job; 0 trains on processors.
+        sharding: of the training job: what its GPUs hold in pieces; see train/sharding/config.py.
+        offload: of the training job: `cpu` keeps those pieces in the memory of the host.
         stages: stage -> what differs there.
         keep_days: how long Kubernetes keeps the finished workflow and its pods; the run's record stays.
         run_hours: after which the whole run is ended.
@@ -144,6 +147,8 @@ class HardwareConfig(StageHardware):
 
     nodes: int = Field(1, ge=1, le=1024)
     gpus_per_node: int = Field(0, ge=0, le=64)
+    sharding: Kind = "none"
+    offload: Offload = "none"
     stages: dict[Stage, StageHardware] = Field(default_factory=dict)
     keep_days: float = Field(7, ge=0, le=3650)
     run_hours: float = Field(240, gt=0, le=8760)
@@ -165,6 +170,15 @@ class HardwareConfig(StageHardware):
         if faults:
             raise ValueError("; ".join(faults))
         return self
+
+    @property
+    def processes(self) -> int:
+        """Of the training: one for each GPU."""
+        return self.nodes * max(1, self.gpus_per_node)
+
+    def sharded(self) -> Sharding:
+        """How the training is cut up."""
+        return Sharding(kind=self.sharding, offload=self.offload)
 
     def of(self, stage: str) -> StageHardware:
         """What one stage asks for: its own, else what every stage has, else its default."""

@@ -90,6 +90,7 @@ def _training_job(task: Any, pipeline: str, hardware: HardwareConfig, images: Ma
         image=images["gpu"].reference,
         nodes=hardware.nodes,
         processes=gpus,
+        sharding=hardware.sharded(),
         gpus=gpus,
         gpu_resource=asked.gpu_resource or "",
         cpus=_millicores(asked.cpus),

@@ -12,6 +12,7 @@ from components.split.config import SplitConfig
 from components.train.adapters.config import KINDS as ADAPTERS
 from components.train.config import TrainConfig
 from components.train.search import space
+from components.train.sharding import config as sharding
 
 # Tasks whose models evaluate opens with an adapter beside their base.
 _BESIDE = ("causal-lm", "classification", "regression", "token-classification", "multi-task")
@@ -39,8 +40,14 @@ def misfits(raw: Mapping[str, Any]) -> Iterator[tuple[tuple[str, ...], str]]:
     usual = trait.adapter if trait else "full"
     adapter = train.get("adapter") or usual
     kind = adapter.get("kind", usual) if isinstance(adapter, dict) else adapter
-    yield from _beside_its_base(raw, kind if isinstance(kind, str) else "", trait)
+    kind = kind if isinstance(kind, str) else ""
+    yield from _beside_its_base(raw, kind, trait)
     yield from _search(train, _section(raw, "hardware"))
+    asked = train.get("objective")
+    named = asked.get("kind", "") if isinstance(asked, dict) else asked
+    yield from sharding.misfits(
+        _section(raw, "hardware"), train, named if isinstance(named, str) and trait else "", kind
+    )
     if trait is None:
         return
     yield from _not_yet(raw, trait.task)

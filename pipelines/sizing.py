@@ -220,6 +220,40 @@ def fitting_gpus(peak_bytes: int) -> Sequence[str]:
     return [name for name, each in GPUS.items() if peak_bytes < 0.9 * each.memory_gib * 2**30]
 
 
+def bytes_in_pieces(
+    kind: str, offload: str, processes: int, weights: tuple[int, int, int], held: int, peak: int, layers: int
+) -> int:
+    """Memory of one GPU of several, from that of a dry run of one process: simple arithmetic, an estimate.
+
+    A dry run holds between updates the weights, two moments and a copy of the best weights, and during one
+    gradients and activations. What is cut up is divided by the processes; where weights are, the layer in
+    work and the one that is fetched meanwhile are whole, and so is what is outside the layers. DeepSpeed
+    keeps a float32 copy of the weights that move. Its buffers for messages are not counted.
+
+    Args:
+        kind: as in `hardware.sharding`.
+        offload: as in `hardware.offload`.
+        processes: of the training.
+        weights: (all, moving, of the layers), counted.
+        held: bytes between updates.
+        peak: bytes at most.
+        layers: of the model.
+    """
+    total, moving, body = weights
+    moments, gradients, best = 8 * moving, 4 * moving, 4 * moving
+    whole = held - moments - best
+    activations = max(0, peak - held - gradients)
+    # What the GPU holds of its own pieces; offloaded ones are in the memory of the host.
+    here = 0 if offload == "cpu" else 1 / processes
+    if kind == "zero1":
+        return round(whole + gradients + (moments + 4 * moving) * here + activations)
+    if kind == "zero2":
+        return round(whole + (gradients + moments + 4 * moving) * here + activations)
+    gathered = (whole + gradients) / max(1, total) * (total - body + min(2, layers) * body / max(1, layers))
+    copy = 4 * moving if kind == "zero3" else 0
+    return round((whole + gradients + moments + copy) * here + gathered + activations)
+
+
 def surely_fits(config: TrainConfig, shape: dict[str, object], base_bytes: int, limit_bytes: float) -> bool:
     """Whether a training needs less than a limit even by a bound far above what it can need.
 

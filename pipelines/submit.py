@@ -26,6 +26,7 @@ from components.shared.errors import (
     UsageError,
 )
 from components.shared.store import Store
+from components.train.sharding.config import HERE, Processes
 from pipelines import fits, graph, planner
 from pipelines.embedded import platform
 from pipelines.report import Report, explain, gather
@@ -161,6 +162,10 @@ def _run_graph(
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(store.read_manifest(uri).to_json())
             manifests.setdefault(stage, {})[output] = str(path)
+    os.environ.pop(HERE, None)
+    if spec.hardware.processes > 1:
+        asked = Processes(count=spec.hardware.processes, sharding=spec.hardware.sharded())
+        os.environ[HERE] = asked.model_dump_json()
     pipeline = graph.build(spec, graph.OnThisMachine(report.run_id, manifests))
     local.init(runner=local.SubprocessRunner(use_venv=False), pipeline_root=str(folder / "kfp"))
     watcher = Watcher(Path(report.log), screen)

@@ -9,6 +9,8 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, Literal
 
@@ -59,11 +61,24 @@ def served_precision(folder: Path) -> Precision:
     return fast if stored == "bfloat16" else "float32"
 
 
+_ON_CPU: ContextVar[bool] = ContextVar("on_cpu", default=False)
+
+
+@contextmanager
+def on_cpu() -> Iterator[None]:
+    """Within the block models are on the CPU, whatever else there is: one is about to be cut up."""
+    before = _ON_CPU.set(True)
+    try:
+        yield
+    finally:
+        _ON_CPU.reset(before)
+
+
 def device() -> Any:
     """The GPU when there is one, else the CPU."""
     import torch
 
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device("cuda" if torch.cuda.is_available() and not _ON_CPU.get() else "cpu")
 
 
 def load_base(card: ModelCard, store: Store, precision: Precision) -> Any:

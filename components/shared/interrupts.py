@@ -9,21 +9,24 @@ from contextlib import contextmanager
 
 
 @contextmanager
-def held() -> Iterator[None]:
+def held() -> Iterator[list[int]]:
     """Inside, SIGINT and SIGTERM wait; at the end they do what they would have done.
 
     Python runs a signal's handler between any two of its instructions, so also between the updates of two
     weights. Other threads are never interrupted, and need nothing.
+
+    Returns:
+        The numbers of the signals that wait, which grows.
     """
     if threading.current_thread() is not threading.main_thread():
-        yield
+        yield []
         return
     waiting: list[int] = []
     before = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
     for number in before:
         signal.signal(number, lambda got, _: waiting.append(got))
     try:
-        yield
+        yield waiting
     finally:
         for number, handler in before.items():
             # None: installed by something that is no Python; it cannot be put back from here.

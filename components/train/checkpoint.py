@@ -55,43 +55,25 @@ def random_state() -> dict[str, Any]:
     return state
 
 
-def save(
-    folder: Path,
-    step: int,
-    model: Any,
-    optimizer: Any,
-    best: Mapping[str, Any],
-    state: Any,
-    keep: int,
-    random: Mapping[str, Any],
-) -> Path:
+def save(folder: Path, step: int, tensors: Mapping[str, Mapping[str, Any]], state: Any, keep: int) -> Path:
     """Write the checkpoint of a step and delete the oldest beyond `keep`. Returns its folder.
 
     Args:
         folder: of all checkpoints of this run.
         step: optimizer updates done.
-        model: its trainable weights are saved.
-        optimizer: AdamW; its moments are saved.
-        best: weights of the best evaluation so far; may be empty.
+        tensors: of each file: `weights` that move, the optimizer's `moments`, `random` state, and `best`, the
+            weights of the best evaluation so far, which may be empty.
         state: JSON value: history, best loss, patience used.
         keep: how many checkpoints stay.
-        random: see `random_state`.
     """
     from safetensors.torch import save_file
 
     aside = folder / f".step-{step}"
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
-    weights = trainable(model)
-    moments = {
-        f"{name}/{key}": value.contiguous()
-        for name, weight in weights.items()
-        for key, value in optimizer.state[weight].items()
-    }
-    parts = {"weights": copy_weights(model), "moments": moments, "random": dict(random), "best": dict(best)}
-    for name, tensors in parts.items():
-        if tensors:
-            save_file(tensors, aside / f"{name}.safetensors")
+    for name, named in tensors.items():
+        if named:
+            save_file(dict(named), aside / f"{name}.safetensors")
     files = {path.name: digest.of_file(path) for path in sorted(aside.iterdir())}
     (aside / "state.json").write_text(json.dumps({"step": step, "state": state, "files": files}))
     for path in aside.iterdir():
@@ -127,29 +109,22 @@ def newest(folder: Path, after: int = 0) -> tuple[Path, dict[str, Any]] | None:
     return None
 
 
-def load(path: Path, model: Any, optimizer: Any) -> dict[str, Any]:
-    """Restore weights, moments and random state. Returns the weights of the best evaluation so far."""
-    import torch
+def read(path: Path) -> dict[str, dict[str, Any]]:
+    """The tensors of a checkpoint as `save` was given them; none of a file that it does not have."""
     from safetensors.torch import load_file
 
-    restore_weights(model, load_file(path / "weights.safetensors"))
-    moments: dict[str, dict[str, Any]] = {}
-    if (path / "moments.safetensors").exists():
-        for name, value in load_file(path / "moments.safetensors").items():
-            weight, key = name.rsplit("/", 1)
-            moments.setdefault(weight, {})[key] = value
-    for name, weight in trainable(model).items():
-        if name in moments:
-            optimizer.state[weight] = {
-                key: value if key == "step" else value.to(weight.device)
-                for key, value in moments[name].items()
-            }
-    states = load_file(path / "random.safetensors")
+    names = ("weights", "moments", "random", "best")
+    files = {name: path / f"{name}.safetensors" for name in names}
+    return {name: dict(load_file(file)) if file.exists() else {} for name, file in files.items()}
+
+
+def restore_random(states: Mapping[str, Any]) -> None:
+    """Put a `random_state` back."""
+    import torch
+
     torch.set_rng_state(states["cpu"])
     if "cuda" in states and torch.cuda.is_available():
         torch.cuda.set_rng_state(states["cuda"])
-    best = path / "best.safetensors"
-    return dict(load_file(best)) if best.exists() else {}
 
 
 @s3.faults_named("storing a checkpoint")

@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from components.shared import causal, clock
+from components.shared import causal, clock, interrupts
 from components.shared.progress import Progress
 from components.train import checkpoint, measures, shards
 from components.train.config import TrainConfig
@@ -19,6 +19,7 @@ from components.train.objectives.base import Objective
 from components.train.ongoing import Fit, Ongoing
 from components.train.plan import Plan, plan
 from components.train.ranks import ALONE, Ranks
+from components.train.sharding.whole import Whole
 from components.train.update import autocast, make_optimizer, timed_update
 
 log = logging.getLogger("tuneyard.train")
@@ -29,17 +30,16 @@ def eval_loss(
     encoded: Sequence[Any],
     config: TrainConfig,
     precision: causal.Precision,
-    ranks: Ranks = ALONE,
+    layout: Whole | None = None,
 ) -> float:
     """Mean loss over the terms of these examples."""
-    import torch
-
+    layout = layout or Whole(ALONE)
     objective.model.eval()
     batches = causal.by_length(shards.lengths(encoded), config.per_device_batch_size * config.max_length)
-    with clock.arithmetic(), torch.inference_mode(), autocast(precision):
-        total = objective.judged_loss(encoded, batches, ranks)
+    with clock.arithmetic(), layout.forward_only(), autocast(precision):
+        total = objective.judged_loss(encoded, batches, layout.ranks)
     objective.model.train()
-    return ranks.sum(total) / sum(map(objective.terms, encoded))
+    return layout.ranks.sum(total) / sum(map(objective.terms, encoded))
 
 
 def fit(
@@ -54,6 +54,7 @@ def fit(
     saved: Callable[[Path], None] = lambda _: None,
     first: Mapping[str, Any] | None = None,
     more: bool = False,
+    layout: Whole | None = None,
 ) -> Fit:
     """Fit the model; at the end it holds the weights of the best evaluation.
 
@@ -69,21 +70,25 @@ def fit(
         saved: receives the folder of each checkpoint, in the process that writes.
         first: of a second phase, how the first one went (see Fit).
         more: whether another phase follows, so that the end is kept as a checkpoint too.
+        layout: of weights and optimizer among the processes; None: whole in each.
 
     Raises:
         TuneyardError: the loss is not finite.
     """
+    layout = layout or Whole(ranks)
     start = Fit(first=dict(first or {}))
     made = plan(objective, train, config, precision, folder, ranks, start.before)
-    judge = partial(judged, objective, evaluation, made.config, precision, ranks)
-    now = _begin(folder, objective.model, made, judge, start)
-    save = partial(_save, now, folder, config, ranks, saved)
-    with _saved_when_interrupted(save):
-        _run(objective, now, made, precision, ranks, judge, report, save)
+    judge = partial(judged, objective, evaluation, made.config, precision, layout)
+    lengths = shards.lengths(train)
+    spare = train[min(range(len(train)), key=lengths.__getitem__)]
+    now = _begin(folder, objective, made, judge, start, layout, spare)
+    save = partial(_save, now, folder, config, saved)
+    with _saved_when_interrupted(save, ranks) as asked:
+        _run(objective, now, made, precision, judge, report, save, asked)
         if more:
             save()
     report(now.state.history, True)
-    return _finish(objective.model, now.best, now.state)
+    return _finish(layout, now.best, now.state)
 
 
 def _run(
@@ -91,16 +96,17 @@ def _run(
     now: Ongoing,
     made: Plan,
     precision: causal.Precision,
-    ranks: Ranks,
     judge: Callable[[], dict[str, float]],
     report: Callable[[list[dict[str, float]], bool], None],
     save: Callable[[], None],
+    asked: Callable[[], None],
 ) -> None:
     """Updates, and evaluations between them, to the end of the plan or of patience."""
+    ranks = now.layout.ranks
     config, steps = made.config, len(made.updates)
     every = config.eval_steps or max(1, math.ceil(steps / 10))
     looks = measures.looks(steps, every)
-    update = partial(timed_update, objective, now.optimizer, steps, config, precision, ranks, now.note, looks)
+    update = partial(timed_update, objective, now.layout, steps, config, precision, now.note, looks)
     watch = Watch(now.state.history, now.state.base_loss)
     progress = Progress("train", steps, "steps", done=now.done)
     while True:
@@ -111,6 +117,7 @@ def _run(
         report(now.state.history, False)
         if now.done == steps or now.state.stopped_early:
             break
+        asked()
         if now.done % config.checkpoint_steps == 0:
             save()
         update(now.done, made.updates[now.done])
@@ -122,38 +129,49 @@ def judged(
     evaluation: Sequence[Any],
     config: TrainConfig,
     precision: causal.Precision,
-    ranks: Ranks,
+    layout: Whole,
 ) -> dict[str, float]:
     """`eval_loss` with what the objective notes of it, and `retention_loss` where there is such a set."""
-    found = {"eval_loss": eval_loss(objective, evaluation, config, precision, ranks)}
+    found = {"eval_loss": eval_loss(objective, evaluation, config, precision, layout)}
     found |= objective.judged_notes()
     if objective.retained:
-        found["retention_loss"] = eval_loss(objective, objective.retained.judged, config, precision, ranks)
+        found["retention_loss"] = eval_loss(objective, objective.retained.judged, config, precision, layout)
     return found
 
 
-def _save(
-    now: Ongoing, folder: Path, config: TrainConfig, ranks: Ranks, saved: Callable[[Path], None]
-) -> None:
-    if ranks.writes and now.done > now.saved:
-        saved(now.save(folder, config))
+def _save(now: Ongoing, folder: Path, config: TrainConfig, saved: Callable[[Path], None]) -> None:
+    if now.done > now.saved:
+        path = now.save(folder, config)
+        if path:
+            saved(path)
 
 
 @contextlib.contextmanager
-def _saved_when_interrupted(save: Callable[[], None]) -> Iterator[None]:
-    """A machine that is taken away says so some seconds before: what was computed until then is kept."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        save()
-        log.info("train: interrupted; a checkpoint holds what was done")
-        raise
+def _saved_when_interrupted(save: Callable[[], None], ranks: Ranks) -> Iterator[Callable[[], None]]:
+    """A machine that is taken away says so some seconds before: what was computed until then is kept.
+
+    Alone, a process saves at once. Several have to agree: what one of them is told all learn between two
+    updates, by a function that this gives and that raises KeyboardInterrupt in each.
+    """
+    with contextlib.ExitStack() as several:
+        told = several.enter_context(interrupts.held()) if ranks.count > 1 else []
+
+        def asked() -> None:
+            if ranks.count > 1 and ranks.sum(len(told)):
+                raise KeyboardInterrupt
+
+        try:
+            yield asked
+        except KeyboardInterrupt:
+            save()
+            log.info("train: interrupted; a checkpoint holds what was done")
+            raise
 
 
-def _finish(model: Any, best: Any, state: Fit) -> Fit:
+def _finish(layout: Whole, best: Any, state: Fit) -> Fit:
     """Leave the best weights in the model, and warn where they are no better than the base's."""
-    checkpoint.restore_weights(model, best)
-    model.eval()
+    layout.restore(best)
+    layout.model.eval()
     if not state.best_loss < state.base_loss:
         log.warning(
             "train: the loss on eval never fell below the base model's (%.3f, at best %.3f): "
@@ -174,22 +192,32 @@ def _show(progress: Progress, state: Fit, ranks: Ranks) -> None:
 
 
 def _begin(
-    folder: Path, model: Any, made: Plan, judge: Callable[[], dict[str, float]], state: Fit
+    folder: Path,
+    objective: Objective,
+    made: Plan,
+    judge: Callable[[], dict[str, float]],
+    state: Fit,
+    layout: Whole,
+    spare: Any,
 ) -> Ongoing:
     """The start, or where the newest whole checkpoint of this phase leaves off."""
     import torch
 
     torch.manual_seed(made.config.seed)
-    optimizer = make_optimizer(model, made.config)
-    model.train()
+    make = partial(make_optimizer, config=made.config)
+    layout.begin(objective, make, made.config.max_grad_norm, spare)
+    objective.model.train()
     found = checkpoint.newest(folder, state.before)
     if found is None:
         losses = judge()
         state.base_loss, state.range_test = losses["eval_loss"], made.range_test
         original = state.first["original"] if state.first else losses
         state.base_retention_loss = original.get("retention_loss", math.nan)
-        return Ongoing(model, optimizer, state, {}, checkpoint.random_state(), saved=0)
-    best = checkpoint.load(found[0], model, optimizer)
+        return Ongoing(layout, state, {}, checkpoint.random_state(), saved=0)
+    tensors = checkpoint.read(found[0])
+    layout.load(tensors["weights"], tensors["moments"])
+    checkpoint.restore_random(tensors["random"])
     log.info("train: resuming after step %d", found[1]["step"])
     state = Fit(**found[1]["state"])
-    return Ongoing(model, optimizer, state, best, checkpoint.random_state(), saved=len(state.history))
+    best = layout.part_of(tensors["best"])
+    return Ongoing(layout, state, best, checkpoint.random_state(), saved=len(state.history))

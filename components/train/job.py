@@ -23,6 +23,7 @@ from components.shared.store import Store
 from components.train import checkpoint, cluster, keeping
 from components.train.cluster import Cluster
 from components.train.config import TrainConfig
+from components.train.sharding.config import WHOLE, Sharding
 from components.train.trainjob import Nodes, name_of, trainjob
 
 log = logging.getLogger("tuneyard.train")
@@ -32,7 +33,7 @@ _POLL_SECONDS = 5.0
 _LAST_LINES_SECONDS = 10.0
 # A job that somebody deletes is made again this often: a lost stage pod takes the job it owned with it.
 _VANISHED = 3
-_DOCUMENTS = ("failed.json", "result.json")
+DOCUMENTS = ("failed.json", "result.json")
 
 
 def train_as_job(
@@ -53,7 +54,7 @@ def train_as_job(
         StageStopped: what the training found in the data stopped the line.
         TuneyardError: it failed, or there are more processes than examples in an update.
     """
-    _raise_if_idle(asked, config)
+    raise_if_idle(asked.nodes, asked.processes, config)
     owner = os.environ.get("KFP_POD_NAME", ""), os.environ.get("KFP_POD_UID", "")
     if not all(owner):
         raise TuneyardError(
@@ -63,7 +64,7 @@ def train_as_job(
     name = name_of(context.pipeline, context.key)
     body = trainjob(asked, name, context.key, owner).to_dict()
     api = cluster.connect()
-    _order(config, inputs, context)
+    order(config, inputs, context, asked.sharding)
     try:
         _begin(api, name, body, context)
         _follow(api, name, body, context)
@@ -71,31 +72,42 @@ def train_as_job(
         log.info("train: interrupted; ending TrainJob %s", name)
         api.delete(name)
         raise
-    return _collect(context)
+    return collect(context)
 
 
-def _raise_if_idle(asked: Nodes, config: TrainConfig) -> None:
+def raise_if_idle(nodes: int, on_each: int, config: TrainConfig) -> None:
     """Refuse processes that would have nothing to do; what an update is must not change with the machines."""
-    processes = asked.nodes * asked.processes
+    processes = nodes * on_each
     update = config.per_device_batch_size * config.gradient_accumulation_steps
     if update < processes:
         raise TuneyardError(
             f"an update has {update} examples (train.per_device_batch_size {config.per_device_batch_size} x "
             f"gradient_accumulation_steps {config.gradient_accumulation_steps}) and the job {processes} "
-            f"processes (hardware.nodes {asked.nodes} x gpus_per_node {asked.processes})",
+            f"processes (hardware.nodes {nodes} x gpus_per_node {on_each})",
             f"ask for {update} GPUs at most, or raise gradient_accumulation_steps",
         )
 
 
-def _order(config: TrainConfig, inputs: Mapping[str, Artifact], context: Context) -> None:
-    order = {
+def order(
+    config: TrainConfig, inputs: Mapping[str, Artifact], context: Context, sharding: Sharding = WHOLE
+) -> None:
+    """Write down what the workers are to do.
+
+    Args:
+        config: settings of the stage.
+        inputs: of the stage.
+        context: of the stage.
+        sharding: what lies in pieces among them.
+    """
+    said = {
         "run": context.run,
         "pipeline": context.pipeline,
         "config": config.model_dump(mode="json"),
+        "sharding": sharding.model_dump(mode="json"),
         "inputs": {name: artifact.manifest.to_json() for name, artifact in inputs.items()},
         "code": digest.of_code("train"),
     }
-    context.store.write_json(f"{keeping.folder(context.key)}/order.json", order)
+    context.store.write_json(f"{keeping.folder(context.key)}/order.json", said)
 
 
 def _ended(job: Mapping[str, Any]) -> tuple[str, str]:
@@ -119,7 +131,7 @@ def _begin(api: Cluster, name: str, body: Mapping[str, Any], context: Context) -
     while True:
         job = api.job(name)
         if job is None:
-            for document in _DOCUMENTS:
+            for document in DOCUMENTS:
                 context.store.remove(f"{keeping.folder(context.key)}/{document}")
             if api.create(body):
                 log.info("train: TrainJob %s of %d nodes made", name, body["spec"]["trainer"]["numNodes"])
@@ -184,12 +196,19 @@ def _follow(api: Cluster, name: str, body: Mapping[str, Any], context: Context) 
 
 def _raise_if_failed(api: Cluster, name: str, context: Context) -> None:
     """Raise what the training found wrong for good, and end the job, which would only find it again."""
+    error = failure(context)
+    if error is not None:
+        api.delete(name)
+        raise error
+
+
+def failure(context: Context) -> TuneyardError | None:
+    """What the workers found wrong for good."""
     failed = context.store.read_json(f"{keeping.folder(context.key)}/failed.json")
     if failed is None:
-        return
-    api.delete(name)
+        return None
     kind = StageStopped if failed["exit_code"] == EXIT_STOPPED else TuneyardError
-    raise kind(failed["what"], failed["todo"])
+    return kind(failed["what"], failed["todo"])
 
 
 def _tell(seen: str, state: str) -> str:
@@ -242,7 +261,7 @@ def _show_lines(api: Cluster, name: str, stop: threading.Event) -> None:
             stop.wait(_POLL_SECONDS / 5)
 
 
-def _collect(context: Context) -> Result:
+def collect(context: Context) -> Result:
     """Lay what the job left into `context.out`. Its checkpoints are of no more use."""
     store: Store = context.store
     found = store.read_json(f"{keeping.folder(context.key)}/result.json")

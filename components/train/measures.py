@@ -50,12 +50,15 @@ def group_of(name: str) -> str:
     return "embeddings" if any(_BELOW.search(part) for part in parts) else "head"
 
 
-def clip(weights: Mapping[str, Any], largest: float) -> dict[str, float]:
+def clip(
+    weights: Mapping[str, Any], largest: float, total: Callable[[Any], Any] | None = None
+) -> dict[str, float]:
     """Clip gradients to a global norm, in place.
 
     Args:
         weights: name -> weight, with its gradient.
         largest: the norm they may have.
+        total: sums numbers over the processes, where each holds a part of every weight.
 
     Returns:
         Before clipping: `grad_norm`, `grad_norm.<group>`, and `still.<group>`, the share (0-1) of the group's
@@ -66,18 +69,20 @@ def clip(weights: Mapping[str, Any], largest: float) -> dict[str, float]:
     having = {name: weight for name, weight in weights.items() if weight.grad is not None}
     # A weight that waits to be thawed is not among those that should move.
     norms: dict[str, float] = {name: 0.0 for name, weight in weights.items() if weight.requires_grad}
-    total = 0.0
+    length = 0.0
     if having:
         found = torch.stack(torch._foreach_norm([weight.grad for weight in having.values()]))
+        if total:
+            found = total(found.square()).sqrt()
         whole = torch.linalg.vector_norm(found)
         torch.nn.utils.clip_grads_with_norm_(list(having.values()), largest, whole)
-        *each, total = torch.cat([found, whole[None]]).tolist()  # in one message from a GPU
+        *each, length = torch.cat([found, whole[None]]).tolist()  # in one message from a GPU
         norms |= dict(zip(having, each, strict=True))
     squares: dict[str, list[float]] = {}
     for name, norm in norms.items():
         squares.setdefault(group_of(name), []).append(norm * norm)
     return {
-        "grad_norm": total,
+        "grad_norm": length,
         **{f"grad_norm.{group}": math.sqrt(sum(of)) for group, of in squares.items()},
         **{f"still.{group}": of.count(0.0) / len(of) for group, of in squares.items()},
     }
@@ -96,12 +101,15 @@ def sample(weights: Mapping[str, Any]) -> dict[str, Any]:
     return {name: _some(weight).clone() for name, weight in weights.items() if weight.ndim > 1}
 
 
-def moved(before: Mapping[str, Any], weights: Mapping[str, Any]) -> dict[str, float]:
+def moved(
+    before: Mapping[str, Any], weights: Mapping[str, Any], total: Callable[[Any], Any] | None = None
+) -> dict[str, float]:
     """How far an update moved the weights.
 
     Args:
         before: `sample` before it.
         weights: the same weights now.
+        total: see `clip`.
 
     Returns:
         `update_ratio.<group>`: length of the update over length of the weights.
@@ -112,11 +120,12 @@ def moved(before: Mapping[str, Any], weights: Mapping[str, Any]) -> dict[str, fl
         return {}
     squares: dict[str, list[Any]] = {}
     for name, old in before.items():
-        scale = weights[name].numel() / old.numel()
+        scale = weights[name].numel() / max(1, old.numel())  # a process may hold no row of a small matrix
         apart = (_some(weights[name]) - old).float().square().sum() * scale
         pair = torch.stack([apart, old.float().square().sum() * scale])
         squares.setdefault(group_of(name), []).append(pair)
-    sums = torch.stack([torch.stack(of).sum(0) for of in squares.values()]).tolist()
+    found = torch.stack([torch.stack(of).sum(0) for of in squares.values()])
+    sums = (total(found) if total else found).tolist()
     return {
         f"update_ratio.{group}": math.sqrt(apart / whole) if whole else 0.0
         for group, (apart, whole) in zip(squares, sums, strict=True)

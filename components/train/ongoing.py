@@ -14,6 +14,7 @@ from components.shared import interrupts
 from components.shared.errors import TuneyardError
 from components.train import checkpoint
 from components.train.config import TrainConfig
+from components.train.sharding.whole import Whole
 
 log = logging.getLogger("tuneyard.train")
 
@@ -56,18 +57,16 @@ class Ongoing:
     """A fit between two updates: all that a checkpoint holds.
 
     Args:
-        model: with the weights after the last update.
-        optimizer: of them.
+        layout: of the model, with the weights after the last update, and of their optimizer.
         state: how it went so far; its history has a row for each update.
-        best: weights of the best evaluation.
+        best: this process's parts of the weights of the best evaluation.
         random: random state after the last update.
         saved: updates in the newest checkpoint.
         tokens: trained on by this process.
         seconds: that took.
     """
 
-    model: Any
-    optimizer: Any
+    layout: Whole
     state: Fit
     best: Mapping[str, Any]
     random: Mapping[str, Any]
@@ -111,21 +110,26 @@ class Ongoing:
             state.stopped_early = bool(stopping and state.stale >= stopping.patience)
             if loss < state.best_loss:
                 state.best_loss, state.best_step = loss, self.done
-                self.best = checkpoint.copy_weights(self.model)
+                self.best = self.layout.copy()
         if state.stopped_early:
             log.info("train: eval loss has not fallen in %d evaluations; stopped early", state.stale)
 
-    def save(self, folder: Path, config: TrainConfig) -> Path:
-        """Write a checkpoint; those of two phases are numbered on. Returns its folder."""
-        path = checkpoint.save(
-            folder,
-            self.state.before + self.done,
-            self.model,
-            self.optimizer,
-            self.best,
-            asdict(self.state),
-            config.keep_checkpoints,
-            self.random,
-        )
-        self.saved = self.done
-        return path
+    def save(self, folder: Path, config: TrainConfig) -> Path | None:
+        """Write a checkpoint, all processes together; those of two phases are numbered on.
+
+        Returns:
+            Its folder, in the process that writes.
+        """
+        layout, self.saved = self.layout, self.done
+        if not layout.ranks.writes and not layout.in_pieces:
+            return None
+        tensors = {
+            "weights": layout.whole(layout.copy()),
+            "moments": layout.moments(),
+            "random": self.random,
+            "best": layout.whole(self.best),
+        }
+        if not layout.ranks.writes:
+            return None
+        number = self.state.before + self.done
+        return checkpoint.save(folder, number, tensors, asdict(self.state), config.keep_checkpoints)

@@ -30,10 +30,12 @@ class Ranks:
     Args:
         rank: its number; 0 is the one that writes.
         count: how many there are.
+        in_step: whether all must compute equally often, because weights are gathered in each pass.
     """
 
     rank: int = 0
     count: int = 1
+    in_step: bool = False
 
     @property
     def writes(self) -> bool:
@@ -54,6 +56,21 @@ class Ranks:
         total = torch.tensor([value], dtype=torch.float64, device=causal.device())
         distributed.all_reduce(total)
         return float(total)
+
+    def most(self, passes: int) -> int:
+        """How many passes this process has to compute, with `passes` of its own."""
+        if not self.in_step:
+            return passes
+        return round(self.furthest(passes))
+
+    def furthest(self, number: float) -> float:
+        """The largest of what the processes say."""
+        import torch
+        from torch import distributed
+
+        found = torch.tensor(number, dtype=torch.float64, device=causal.device())
+        distributed.all_reduce(found, distributed.ReduceOp.MAX)
+        return float(found)
 
     def told(self, number: int) -> int:
         """What rank 0 says."""
@@ -140,7 +157,8 @@ def join() -> Ranks:
     gpu = torch.cuda.is_available()
     if gpu:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    distributed.init_process_group("nccl" if gpu else "gloo", timeout=_PATIENCE)
+    # Pieces that are kept in the memory of the host are added up there.
+    distributed.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo", timeout=_PATIENCE)
     return Ranks(int(os.environ["RANK"]), count)
 
 

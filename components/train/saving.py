@@ -58,6 +58,11 @@ def _layout(objective: Objective, config: TrainConfig) -> Literal["transformers"
     return "peft" if _wrapped(objective) and objective.task == "causal-lm" else "transformers"
 
 
+def takes_base(objective: Objective, config: TrainConfig) -> bool:
+    """Whether the base's own weights are in the model folder."""
+    return _layout(objective, config) == "transformers"
+
+
 def _wrapped(objective: Objective) -> bool:
     """Whether the model is in PEFT's wrapping."""
     return hasattr(objective.model, "merge_and_unload")

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from components.shared.settings import Settings
+from components.train.sharding.config import WHOLE, Sharding
 
 if TYPE_CHECKING:
     from kubeflow_trainer_api import models
@@ -40,6 +41,7 @@ class Nodes(Settings):
         image: by digest.
         nodes: pods.
         processes: on each, one for each GPU.
+        sharding: what lies in pieces among the processes.
         gpus: of each pod.
         gpu_resource: extended resource that counts them.
         cpus: cores requested by each pod.
@@ -61,6 +63,7 @@ class Nodes(Settings):
     image: str
     nodes: int
     processes: int
+    sharding: Sharding = WHOLE
     gpus: int
     gpu_resource: str
     cpus: str

@@ -17,6 +17,7 @@ from components.train.config import TrainConfig
 from components.train.data import dealt
 from components.train.objectives.base import Objective
 from components.train.ranks import ALONE, Ranks
+from components.train.sharding.whole import Whole
 
 
 def learning_rate(step: int, steps: int, config: TrainConfig) -> float:
@@ -65,11 +66,10 @@ def autocast(precision: causal.Precision) -> Any:
 
 def timed_update(
     objective: Objective,
-    optimizer: Any,
+    layout: Whole,
     total: int,
     config: TrainConfig,
     precision: causal.Precision,
-    ranks: Ranks,
     note: Callable[[dict[str, float], int, float], None],
     looked_at: Callable[[int], bool],
     number: int,
@@ -79,34 +79,33 @@ def timed_update(
 
     Args:
         objective: with its model.
-        optimizer: of its weights.
+        layout: of its weights and their optimizer, among the processes.
         total: updates of the run.
         config: settings.
         precision: to compute in.
-        ranks: the processes.
         note: receives the row of the history, the tokens of the update, and its seconds.
         looked_at: whether the row of an update has the figures of each group and of the machine.
         number: of the update.
         batches: [micro-batch] -> encoded examples.
     """
-    ranks.seed(config.seed, number)
+    layout.ranks.seed(config.seed, number)
     unfreezing.thaw(objective.model, config.adapter, number, total)
     began = time.monotonic()
     rate = learning_rate(number, total, config)
     tokens = sum(objective.tokens(e) for micro in batches for e in micro)
     moving = checkpoint.trainable(objective.model) if looked_at(number) else {}
-    weights = {name: weight for name, weight in moving.items() if weight.requires_grad}
+    weights = layout.parts({name: weight for name, weight in moving.items() if weight.requires_grad})
     before = measures.sample(weights)
     rows: list[dict[str, float]] = []
     with contextlib.ExitStack() as whole:
         for turn in objective.turns(batches, partial(autocast, precision)):
-            rows.append(gradients(objective, turn, config, precision, ranks))
-            if len(rows) == 1:
+            found = gradients(objective, turn, config, precision, layout.ranks, layout)
+            if not rows:
                 whole.enter_context(interrupts.held())
-            step(optimizer, rate)
+            rows.append(found | step(layout.optimizer, rate, layout))
         row = {"step": number + 1, "learning_rate": rate}
         row |= {name: sum(each[name] for each in rows) / len(rows) for name in rows[0]}
-        row = row | measures.moved(before, weights) | measures.machine() if weights else measures.plain(row)
+        row = row | layout.moved(before, weights) | measures.machine() if weights else measures.plain(row)
         note(row, tokens, time.monotonic() - began)
 
 
@@ -116,6 +115,7 @@ def gradients(
     config: TrainConfig,
     precision: causal.Precision,
     ranks: Ranks = ALONE,
+    layout: Whole | None = None,
 ) -> dict[str, float]:
     """The gradient of one update, clipped; the loss is the mean over all terms of all its micro-batches.
 
@@ -129,6 +129,7 @@ def gradients(
     Raises:
         TuneyardError: the loss is not finite.
     """
+    layout = layout or Whole(ranks)
     terms = sum(objective.terms(e) for micro in batches for e in micro)
     for weight in checkpoint.trainable(objective.model).values():
         weight.grad = None  # of an update that was interrupted
@@ -143,16 +144,16 @@ def gradients(
     for penalty in objective.penalties:
         besides |= penalty(micros, terms, arithmetic, ranks)
     weights = checkpoint.trainable(objective.model)
-    ranks.add_gradients(list(weights.values()))
+    layout.reduce(weights)
     with clock.arithmetic():
-        norms = measures.clip(weights, config.max_grad_norm)
+        norms = layout.clip(weights, config.max_grad_norm)
     return {"loss": loss, **besides, **norms, **objective.notes()}
 
 
-def step(optimizer: Any, rate: float) -> None:
-    """Move the weights by their gradients at a learning rate."""
+def step(optimizer: Any, rate: float, layout: Whole | None = None) -> dict[str, float]:
+    """Move the weights by their gradients at a learning rate. Returns what the history is to have of it."""
+    layout = layout or Whole(ALONE, optimizer)
     for group in optimizer.param_groups:
         group["lr"] = rate * group["share"]
     with clock.arithmetic():
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        return layout.step()

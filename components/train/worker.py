@@ -8,18 +8,20 @@ from __future__ import annotations
 import logging
 import os
 import shutil
+import signal
 import sys
 from dataclasses import asdict
 from functools import partial
 
 from components.shared import digest
-from components.shared.errors import EXIT_FAILED, StoreError, TuneyardError
+from components.shared.errors import EXIT_FAILED, EXIT_INTERRUPTED, StoreError, TuneyardError
 from components.shared.manifest import Manifest
 from components.shared.stage import Artifact, Context, Result, work_folder
 from components.shared.store import Store
 from components.train import keeping, ranks
 from components.train.config import TrainConfig
 from components.train.ranks import Ranks
+from components.train.sharding.config import Sharding
 from components.train.train import train_here
 from components.train.trainjob import KEY
 
@@ -59,7 +61,8 @@ def work(key: str, ours: Ranks, store: Store) -> None:
     inputs = {n: Artifact(m, store.get_tree(m, home / "inputs" / n)) for n, m in manifests.items()}
     keeping.resume(context, ours)
     saved = partial(keeping.keep, context=context, checkpoints=config.keep_checkpoints)
-    result = train_here(config, inputs, context, ours, saved)
+    sharding = Sharding.model_validate(order["sharding"])
+    result = train_here(config, inputs, context, ours, saved, sharding=sharding)
     if ours.writes:
         _hand_over(result, context)
 
@@ -83,6 +86,8 @@ def main() -> int:
     ours = ranks.join()
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr, force=True)
     logging.getLogger("tuneyard").setLevel(logging.INFO if ours.writes else logging.WARNING)
+    # What is told to one process all learn between two updates; see fit.py.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     try:
         store = Store.from_environment()
@@ -94,6 +99,8 @@ def main() -> int:
         log.error("train, process %d: %s", ours.rank, error)
         _failed(error, key, store)
         return error.exit_code
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
     ranks.part(ours)
     return 0
 

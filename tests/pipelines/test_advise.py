@@ -10,7 +10,7 @@ import pytest
 from components.shared import jsonl
 from components.shared.errors import UsageError
 from components.train.config import TrainConfig
-from pipelines import advise, fits, sizing
+from pipelines import advise, fits, sizing, smaller
 from pipelines.spec import load
 
 
@@ -56,13 +56,34 @@ def test_what_suits_is_remarked(examples, weights, changes, said):
     assert any(said in remark for remark in sizing.remarks(settings(**changes), examples, int(weights)))
 
 
+@pytest.mark.parametrize(
+    ("kind", "offload", "expected"),
+    [
+        # 8 billion weights that all move, in float32: 32 GB, gradients as much, moments 64, activations 5.
+        ("zero1", "none", 32 + 32 + (64 + 32) / 4 + 5),
+        ("zero2", "none", 32 + (32 + 64 + 32) / 4 + 5),
+        ("zero2", "cpu", 32 + 5),
+        # Weights and gradients of 2 of 32 layers with 7 billion in all, and of the billion outside them.
+        ("zero3", "none", (32 + 32 + 64 + 32) / 4 + 8 * (1 + 7 / 16) + 5),
+        ("fsdp2", "none", (32 + 32 + 64) / 4 + 8 * (1 + 7 / 16) + 5),
+        ("fsdp2", "cpu", 8 * (1 + 7 / 16) + 5),
+    ],
+)
+def test_what_lies_in_pieces_is_divided_by_the_processes(kind, offload, expected):
+    held = 32 + 64 + 32  # with the copy of the best weights, which is in the memory of the host
+    found = sizing.bytes_in_pieces(
+        kind, offload, 4, (8 * 10**9, 8 * 10**9, 7 * 10**9), held * 10**9, (held + 32 + 5) * 10**9, 32
+    )
+    assert found == pytest.approx(expected * 1e9)
+
+
 def test_what_is_usual_draws_no_remark():
     assert sizing.remarks(settings(adapter="lora"), 5000, 270_000_000) == []
 
 
 def test_every_alternative_leaves_the_update_as_large():
     config = settings(adapter="full", per_device_batch_size=8, gradient_accumulation_steps=3)
-    ways = [(said, other) for way in advise.alternatives(config) for said, other in way]
+    ways = [(said, other) for way in smaller.alternatives(config) for said, other in way]
     assert {"train.gradient_checkpointing=true", "train.adapter=lora", "train.adapter=qlora"} <= {
         w for w, _ in ways
     }

@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-from components.shared import causal, clock, packed
+from components.shared import clock, packed
 from components.shared.tasks import Task
 from components.train.ranks import Ranks
 
@@ -31,6 +31,9 @@ class Objective(ABC):
         retained: retention.Retained, where there is such a set.
         penalties: what is minimised beside the loss, once an update: (micro-batches of this process, terms of
             the update, arithmetic, ranks) -> figures for the history, after adding its gradient.
+        spare: a train example that is computed, its loss counting for nothing, where another process still
+            has examples and all compute in step; see Ranks.most.
+        before_pass: called before each pass of an update with whether it is the last.
         plain_loss: the same as `summed_loss` by the book, slow and obvious; None where that is the same.
     """
 
@@ -43,6 +46,8 @@ class Objective(ABC):
     rounding: float = 1.0
     plain_loss: Callable[[Sequence[Any], float], Any] | None = None
     retained: Any = None
+    spare: Any = None
+    before_pass: Callable[[bool], None] | None = None
     penalties: Sequence[Callable[..., dict[str, float]]] = ()
 
     @property
@@ -99,14 +104,32 @@ class Objective(ABC):
             arithmetic: context of each forward pass.
             ranks: the processes; their gradients are summed afterwards.
         """
-        loss = 0.0
-        for micro in micros:
+        loss, passes = 0.0, ranks.most(len(micros))
+        for number in range(passes):
+            if self.before_pass:
+                self.before_pass(number + 1 == passes)
+            if number >= len(micros):
+                self.idle(arithmetic)
+                continue
             with clock.arithmetic():
                 with arithmetic():
-                    part = self.summed_loss(micro, label_smoothing) / terms
+                    part = self.summed_loss(micros[number], label_smoothing) / terms
                 part.backward()
                 loss += float(part.detach())
         return loss
+
+    def idle(self, arithmetic: Arithmetic | None = None) -> None:
+        """Compute the spare example for nothing, so that the others can compute theirs.
+
+        Args:
+            arithmetic: context of a forward pass that a backward pass follows; None: of a forward pass alone.
+        """
+        if arithmetic is None:
+            self.summed_loss([self.spare], 0.0)
+            return
+        with arithmetic():
+            nothing = self.summed_loss([self.spare], 0.0) * 0.0
+        nothing.backward()
 
     def judged_loss(self, encoded: Sequence[Any], batches: Iterable[Sequence[int]], ranks: Ranks) -> float:
         """This process's share of the loss, summed over the terms of eval; called without gradients.
@@ -116,9 +139,12 @@ class Objective(ABC):
             batches: their indices in batches; each process takes its share.
             ranks: the processes; their shares are summed afterwards.
         """
-        return sum(
-            float(self.summed_loss([encoded[i] for i in batch], 0.0)) for batch in ranks.share(list(batches))
-        )
+        mine = ranks.share(list(batches))
+        passes = ranks.most(len(mine))
+        loss = sum(float(self.summed_loss([encoded[i] for i in batch], 0.0)) for batch in mine)
+        for _ in range(passes - len(mine)):
+            self.idle()
+        return loss
 
     def account(self, rows: Sequence[Mapping[str, Any]], kept: Sequence[Any]) -> dict[str, int]:
         """What became of the parts of a side's examples, beyond their tokens; empty where they have none.
@@ -208,7 +234,9 @@ def base_settings(folder: Path, dropout: float | None) -> Any:
 
 def choose_attention(objective: Objective, max_length: int) -> None:
     """Switch a model to the attention that trains fastest at this length on this device."""
-    if causal.device().type != "cpu":
+    import torch
+
+    if torch.cuda.is_available():
         return
     if objective.task == "causal-lm" and packed.possible(objective.model):
         packed.use(objective.model)

@@ -53,6 +53,12 @@ class Noting(Objective):
         self._judged = {f"eval_{name}": value for name, value in means.items()}
         return loss
 
+    def idle(self, arithmetic: Arithmetic | None = None) -> None:
+        """See Objective; nothing is noted of it."""
+        before = Counter(self._sums)
+        super().idle(arithmetic)
+        self._sums = before
+
     def _means(self, names: Sequence[str], terms: int, ranks: Ranks) -> dict[str, float]:
         # Every process asks for the same sums in the same order, whatever its share held.
         return {name: ranks.sum(self._sums[name]) / terms for name in names}

@@ -47,7 +47,7 @@ def folder_of(search: Path, config: TrainConfig) -> Path:
 
 def make_tokens(job: Mapping[str, Any], folder: Path) -> None:
     """Encode the examples, which the trials then find kept; what is wrong with them is said before any."""
-    from components.train.train import examples, opened
+    from components.train.beginning import examples, opened
 
     config, context, inputs = _job(job, folder)
     opened(config, examples(inputs), context)

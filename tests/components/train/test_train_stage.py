@@ -13,7 +13,7 @@ from components.shared import jsonl
 from components.shared.errors import StageStopped
 from components.shared.modelcard import ModelCard
 from components.shared.stage import Artifact, Context
-from components.train import keeping
+from components.train import beginning, keeping
 from components.train import train as stage
 from components.train.adapters.applying import apply_adapter
 from components.train.config import TrainConfig
@@ -134,8 +134,8 @@ def test_gradient_checkpointing_changes_no_gradient(tiny_causal, kind):
             precision="float32",
         )
         torch.manual_seed(0)
-        objective = stage._open(config, [], SimpleNamespace(store=None))
-        stage._adapt(objective, config)
+        objective = beginning.open_for(config, [], SimpleNamespace(store=None))
+        beginning.adapt(objective, config)
         objective.model.train()
         assert (
             any(getattr(m, "gradient_checkpointing", False) for m in objective.model.modules())

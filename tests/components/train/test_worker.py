@@ -23,10 +23,11 @@ from components.shared import jsonl
 from components.shared.errors import EXIT_STOPPED, StageStopped, TuneyardError
 from components.shared.manifest import Manifest
 from components.shared.stage import Artifact, Context
-from components.train import checkpoint, job, keeping, worker
+from components.train import checkpoint, job, keeping, processes, train, worker
 from components.train.config import TrainConfig
 from components.train.data import dealt
 from components.train.ranks import ALONE, Ranks
+from components.train.sharding.config import HERE, Processes, Sharding
 from components.train.trainjob import KEY, RESTARTABLE
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -171,17 +172,18 @@ def test_each_example_of_an_update_goes_to_one_process(batches, count):
 @pytest.fixture
 def ordered(tiny_causal, store, tmp_path):
     """Makes an order in the store, as the stage does: `ordered(key, **settings)`."""
-    inputs = {}
+    inputs: dict[str, Artifact] = {}
     for side, found in (("train", rows(40)), ("eval", rows(4))):
         (tmp_path / side).mkdir()
         jsonl.write(tmp_path / side / "examples.jsonl", found)
         inputs[side] = Artifact(store.put_tree(tmp_path / side, "dataset"), tmp_path / side)
 
-    def make(key, **changes):
+    def make(key, sharding="none", **changes):
         context = Context("run", "tiny", "train", key, store, tmp_path / key[:4], tmp_path / key[:4])
-        job._order(settings_for(tiny_causal, **changes), inputs, context)
+        job.order(settings_for(tiny_causal, **changes), inputs, context, Sharding(kind=sharding))
         return context
 
+    make.inputs = inputs
     return make
 
 
@@ -208,14 +210,16 @@ def kill_rank(torchrun_process, rank):
     raise AssertionError(f"no process of rank {rank}")
 
 
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize(
+    ("rank", "sharding"), [(0, "none"), (1, "none"), pytest.param(1, "fsdp2", marks=pytest.mark.slow)]
+)
 def test_a_killed_process_is_replaced_and_the_weights_are_those_of_an_undisturbed_run(
-    ordered, store, tmp_path, rank
+    ordered, store, tmp_path, rank, sharding
 ):
     settings = {"max_steps": 120, "checkpoint_steps": 10, "eval_steps": 40}
     whole, cut = "a" * 64, "b" * 64
     for key in (whole, cut):
-        ordered(key, **settings)
+        ordered(key, sharding, **settings)
         process = started(key, tmp_path / key[:4])
         if key == cut:
             while len(checkpoint.uploaded(store, keeping.folder(key))) < 2:
@@ -231,6 +235,27 @@ def test_a_killed_process_is_replaced_and_the_weights_are_those_of_an_undisturbe
     assert of_cut["summary"]["steps"] == 120
     # Three are kept, as of a training on one machine.
     assert checkpoint.uploaded(store, keeping.folder(cut)) == [110, 100, 90]
+
+
+@pytest.mark.slow  # as above
+def test_the_gpus_of_one_machine_are_a_process_each(ordered, store, tmp_path, tiny_causal, monkeypatch):
+    context = ordered("e" * 64)
+    config = settings_for(tiny_causal, max_steps=6, checkpoint_steps=2)
+    monkeypatch.setenv(HERE, Processes(count=2, sharding=Sharding(kind="fsdp2")).model_dump_json())
+    monkeypatch.setenv("TUNEYARD_HOME", str(tmp_path))
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.setattr(processes, "gpus", lambda: 2)
+    result = train.train(config, ordered.inputs, context)
+    assert result.summary["steps"] == 6
+    found = load_file(context.out / "model" / "adapter_model.safetensors")
+    # Saved whole: B of a layer has a row for each output, and the rank is its width.
+    assert {tuple(w.shape) for n, w in found.items() if "v_proj.lora_B" in n} == {(16, 16)}
+    assert checkpoint.uploaded(store, keeping.folder(context.key)) == []
+    assert list(tmp_path.rglob("rank-1"))
+    monkeypatch.setattr(processes, "gpus", lambda: 1)
+    assert processes.asked_here() is None
 
 
 # --- checkpoints in the store ---------------------------------------------------------------------
