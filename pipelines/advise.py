@@ -141,36 +141,40 @@ def advise(
     Raises:
         TuneyardError: base or corpus cannot be had.
     """
-    from components.train import footprint
-
     limit, of = limit_gib(spec, gpu, target, available_gib)
     with tempfile.TemporaryDirectory(prefix="tuneyard-advise-") as scratch:
         base = base_of(spec.train, store, Path(scratch))
         rows, counted = examples_to_size(spec, store, Path(scratch) / "corpus")
-        at_once = sizing.at_once(spec.train)
-        needs = footprint.predict(sizing.heaviest(spec.train), base.folder, rows, base.file_bytes)
-        of_one = partial(_peak, spec, base, gpu)
-        one = of_one(needs)
-        fits = one * at_once <= limit * 2**30
-        others = (
-            []
-            if fits
-            else smaller.fewer(one, at_once, limit)
-            + smaller.in_turn(spec.train, rows, base.folder, base.file_bytes, limit, of_one)
-        )
+        needs, peak, others = _in_memory(spec, base, rows, limit, gpu)
     count = counted if examples is None else examples
     return {
         "pipeline": spec.name,
-        "memory": _memory(spec, needs, one * at_once, base)
-        | {"limit_gib": round(limit, 2), "limit_is": of, "fits": fits},
+        "memory": _memory(spec, needs, peak, base)
+        | {"limit_gib": round(limit, 2), "limit_is": of, "fits": peak <= limit * 2**30},
         "settings_that_fit": others,
         "run": _run(spec.train, needs, count, gpu, dollars_per_hour),
         "storage_gib": _storage(spec, needs, base, count),
         "weights": {"total": needs.total_weights, "moving": needs.moving_weights},
         "remarks": sizing.remarks(spec.train, count, needs.total_weights),
-        "gpus_that_fit": list(sizing.fitting_gpus(needs.peak_bytes * at_once)),
+        "gpus_that_fit": list(sizing.fitting_gpus(needs.peak_bytes * sizing.at_once(spec.train))),
         "estimates": _ESTIMATES,
     }
+
+
+def _in_memory(
+    spec: PipelineSpec, base: Base, rows: Sequence[Mapping[str, Any]], limit_gib: float, gpu: str
+) -> tuple[Any, int, list[dict[str, Any]]]:
+    """What a training needs, the bytes of all that run at once, and what would fit where they do not."""
+    from components.train import footprint
+
+    at_once = sizing.at_once(spec.train)
+    needs = footprint.predict(sizing.heaviest(spec.train), base.folder, rows, base.file_bytes)
+    of_one = partial(_peak, spec, base, gpu)
+    one = of_one(needs)
+    if one * at_once <= limit_gib * 2**30:
+        return needs, one * at_once, []
+    ways = smaller.in_turn(spec.train, rows, base.folder, base.file_bytes, limit_gib, of_one)
+    return needs, one * at_once, [*smaller.fewer(one, at_once, limit_gib), *ways]
 
 
 def _peak(spec: PipelineSpec, base: Base, gpu: str, needs: Any) -> int:

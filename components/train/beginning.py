@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from components.shared import causal, media, sources
+from components.shared.modelcard import BaseModelRef
 from components.shared.stage import Artifact, Context
 from components.train import holding, selfcheck, tokens
 from components.train.adapters.applying import apply_adapter, weight_counts
@@ -100,6 +101,15 @@ class Ready:
     weights: tuple[int, int]
     checked: dict[str, float]
     precision: causal.Precision
+
+    def facts(self, base: BaseModelRef) -> dict[str, Any]:
+        """What its MLflow run says beside the settings."""
+        moving, total = self.weights
+        return {
+            "trainable_weights": moving,
+            "total_weights": total,
+            "base_fingerprint": base.fingerprint,
+        }
 
 
 def ready(config: TrainConfig, rows: Rows, context: Context, guide: Guide = ALONE_STANDING) -> Ready:

@@ -122,8 +122,7 @@ def train_here(
             before = _learn_domain(config, inputs, base, context, ranks, saved, open_runs)
         with layout.opening():
             made = ready(config, rows, context, guide)
-        facts: dict[str, Any] = dict(zip(("trainable_weights", "total_weights"), made.weights, strict=True))
-        facts["base_fingerprint"] = base.fingerprint
+        facts = made.facts(base)
         if before is None:
             ours = runs.tracked(config, context, inputs, facts, ranks, guide)
             run_id, first = open_runs.enter_context(ours), {}
@@ -135,14 +134,27 @@ def train_here(
     if not ranks.writes:
         return Result(kinds={})
     ledgers = {**(before.ledgers if before else {}), **made.ledgers}
-    kept = retention.figures(result.history, result.best_step, result.base_retention_loss)
-    reference = drift.of_training(made.encoded["train"], made.learned)
-    learnt = phases.described(config, first, ledgers["first_train"], inputs) if first else None
-    found = {"retention": kept, "reference": reference, "first": learnt, "chosen": dict(guide.chosen)}
+    found = _seen(made, result, config, inputs, ledgers) | {"chosen": dict(guide.chosen)}
     card = _card(made.objective, config, base, made.weights, run_id, context).model_copy(update=found)
     saving.save(made.objective, config, card, context.out / "model")
     made.objective.leave(context.out / "ledger")
     return saving.describe(result, ledgers, card, context, run_id, made.checked)
+
+
+def _seen(
+    made: Ready,
+    result: Fit,
+    config: TrainConfig,
+    inputs: Mapping[str, Artifact],
+    ledgers: Mapping[str, Ledger],
+) -> dict[str, Any]:
+    """Fields of the card that the fit and its examples tell."""
+    first = result.first
+    return {
+        "retention": retention.figures(result.history, result.best_step, result.base_retention_loss),
+        "reference": drift.of_training(made.encoded["train"], made.learned),
+        "first": phases.described(config, first, ledgers["first_train"], inputs) if first else None,
+    }
 
 
 def _fitted(
