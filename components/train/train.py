@@ -159,12 +159,11 @@ def train_here(
     if not ranks.writes:
         return Result(kinds={})
     ledgers = {**(before.ledgers if before else {}), **made.ledgers}
-    card = _card(made.objective, config, base, made.weights, run_id, context)
     kept = retention.figures(result.history, result.best_step, result.base_retention_loss)
     reference = drift.of_training(made.encoded["train"], made.learned)
     learnt = phases.described(config, first, ledgers["first_train"], inputs) if first else None
-    card = card.model_copy(update={"retention": kept, "reference": reference, "first": learnt})
-    card = card.model_copy(update={"chosen": dict(guide.chosen)})
+    found = {"retention": kept, "reference": reference, "first": learnt, "chosen": dict(guide.chosen)}
+    card = _card(made.objective, config, base, made.weights, run_id, context).model_copy(update=found)
     saving.save(made.objective, config, card, context.out / "model")
     made.objective.leave(context.out / "ledger")
     return saving.describe(result, ledgers, card, context, run_id, made.checked)

@@ -148,7 +148,10 @@ OF_METRICS = {
     "causal-lm by preference": PAIRS.replace("sft", "dpo"),
     "causal-lm by prompt-only": PAIRS.replace("sft", "{kind: ppo, reward_model: ./judge}"),
     "reward": PAIRS.replace("sft", "reward"),
-    "image-classification": CLASSES[: CLASSES.index("evaluate")].replace("corpus.jsonl", "corpus"),
+    **dict.fromkeys(
+        ("image-classification", "speech-recognition"),
+        CLASSES[: CLASSES.index("evaluate")].replace("corpus.jsonl", "corpus"),
+    ),
 }
 
 
