@@ -20,7 +20,7 @@ from typing import Any
 
 import orjson
 
-from components.shared import cache, digest, placing
+from components.shared import cache, digest, examples, placing, tasks
 from components.shared.errors import StageStopped
 from components.train import shards
 from components.train.config import TrainConfig
@@ -53,21 +53,24 @@ def encoded(
         rows: side -> examples.
         config: settings.
         folder: of the base model, with the tokenizer's files.
-        kept: cache of this node; None for none.
+        kept: cache of this node; None for none. Examples that name files keep nothing there: their paths are
+            of one attempt, and what is read of them is no token ids.
         longest_judged: tokens of an eval example at most; 0 for max_length.
 
     Raises:
         StageStopped: too many examples are over-long, or none of a side is left.
     """
+    if examples.media_field(tasks.OBJECTIVES[config.objective.kind].formats[0]):
+        kept = None
     common = _depends_on(objective, rows["train"], config, folder) if kept else {}
     sides: dict[str, Sequence[Any]] = {}
     ledgers: dict[str, Ledger] = {}
-    for side, examples in rows.items():
+    for side, own_rows in rows.items():
         held = side == "eval" and longest_judged
         fitted = config.model_copy(update={"max_length": longest_judged}) if held else config
-        own = {"rows": _content(examples), "max_length": fitted.max_length} if kept else {}
+        own = {"rows": _content(own_rows), "max_length": fitted.max_length} if kept else {}
         place = kept / "tokens" / digest.of_value(common | own) if kept else None
-        sides[side], ledgers[side] = _side(objective, examples, fitted, place)
+        sides[side], ledgers[side] = _side(objective, own_rows, fitted, place)
         if not sides[side]:
             todo = "see train.max_length and train.over_length"
             raise StageStopped(f"no example of {side} is left to use", todo)

@@ -78,6 +78,7 @@ def test_conversions_name_what_they_read() -> None:
             assert len([name for name in names if ".gguf.part" in name]) == 4
 
 
+@pytest.mark.slow  # PyTorch is imported three times
 @pytest.mark.parametrize(
     "uri", ["s3://corpora/images/digits/", "s3://models/resnet-small-untrained/"], ids=["digits", "resnet"]
 )
@@ -97,6 +98,7 @@ def test_what_is_made_here_is_made_the_same_twice(uri: str, tmp_path: Path) -> N
         files_of(sample.model_copy(update={"convert": wrong}), [], tmp_path / "three")
 
 
+@pytest.mark.slow  # PyTorch is imported twice
 def test_a_whisper_is_made_the_same_twice_and_hears(tmp_path: Path) -> None:
     (sample,) = covering("s3://models/whisper-small-untrained/")
     found = []
