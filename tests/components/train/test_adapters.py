@@ -133,7 +133,7 @@ def plain(name):
 @each_task
 @every_adapter
 def test_it_learns_and_moves_exactly_its_weights(made, tmp_path, task, name):
-    config, objective, encoded = made(task, name, max_steps=40)
+    config, objective, encoded = made(task, name, max_steps=40, eval_steps=5)
     steps = len(schedule_batches([len(e) for e in encoded[:20]], config))
     moving, total = weight_counts(objective, config, steps)
     before = {n: w.detach().clone() for n, w in objective.model.named_parameters()}

@@ -357,7 +357,9 @@ def test_killed_with_its_processes_it_ends_as_if_it_had_not_been(tiny_causal, tm
     for line in killed.stderr:
         if line.startswith("train: trial 2"):
             break
-    time.sleep(1.0)  # into the trial
+    trials = tmp_path / "killed" / "work" / "search" / "trials"
+    while not list(trials.glob("*/checkpoints/step-*")):  # into the trial: those of the others are gone
+        time.sleep(0.01)
     killed.send_signal(signal.SIGKILL)
     killed.wait()
     again, whole = begin("killed"), begin("whole")
