@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -175,14 +176,14 @@ def test_trials_at_a_time_share_the_memory_each_at_its_largest():
     assert (heaviest.per_device_batch_size, heaviest.adapter.rank, heaviest.search) == (16, 8, None)
     assert sizing.at_once(config) == 3 and sizing.heaviest(settings()) == settings()
     gib = 2**30
-    assert advise._fewer(4 * gib, 3, 9.0) == [{"set": "train.search.parallel=2", "peak_gib": 8.0}]
-    assert advise._fewer(4 * gib, 3, 3.0) == [] == advise._fewer(4 * gib, 1, 3.0)
+    assert smaller.fewer(4 * gib, 3, 9.0) == [{"set": "train.search.parallel=2", "peak_gib": 8.0}]
+    assert smaller.fewer(4 * gib, 3, 3.0) == [] == smaller.fewer(4 * gib, 1, 3.0)
     ways = [
         {"set": "train.per_device_batch_size=4", "peak_gib": 1},
         {"set": "train.adapter=qlora", "peak_gib": 1},
     ]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(advise, "fitting", lambda *_: ways)
-        said = advise._in_turn(config, [], None, 3.0)
+        patch.setattr(smaller, "fitting", lambda *_: ways)
+        said = smaller.in_turn(config, [], Path(), 0, 3.0, lambda needs: 0)
     # What the search varies is not for the file to set.
     assert [way["set"] for way in said] == ["train.adapter=qlora train.search.parallel=1"]
