@@ -246,7 +246,7 @@ def imported(*folders: str) -> dict[str, set[str]]:
 def test_what_the_tree_imports_is_declared_and_what_is_declared_is_used() -> None:
     """An import that works because another library happens to bring it breaks when that library changes."""
     house = imported(*PACKAGES)
-    # What comes with the gpu extra alone (deepspeed) is imported where it is asked for, and says so if absent.
+    # What comes with the gpu extra (deepspeed) is imported where it is asked for, and says so if absent.
     assert [module for module, owners in house.items() if not owners & declared("gpu")] == []
     others = imported("tests", "benchmarks")
     assert [module for module, owners in others.items() if not owners & declared("dev", "gpu")] == []
