@@ -58,7 +58,7 @@ def _case(pipeline: str, changes: tuple[str, ...], folder: Path) -> tuple[float,
     spec = load(pipeline, list(changes))
     fetch.ensure([*spec.ingest.external_uris(), *spec.train.external_uris()], folder.parent)
     store = Store.from_environment()
-    rows = advise.examples_to_size(spec, store)[0][:_EXAMPLES]
+    rows = advise.examples_to_size(spec, store, folder / "corpus")[0][:_EXAMPLES]
     model = sources.model_folder(spec.train.base_model, store)
     file_bytes = sum(path.stat().st_size for path in model.glob("*.safetensors"))
     needs = footprint.predict(spec.train, model, rows, file_bytes)
