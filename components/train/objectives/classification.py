@@ -49,12 +49,7 @@ class Classification(Objective):
 
     def usable(self, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         """Rows whose label train has; another label cannot be scored."""
-        unknown = sorted({row["label"] for row in rows} - set(self.labels))
-        if unknown:
-            log.warning(
-                "train: labels %s occur in eval and not in train; those examples are not judged", unknown
-            )
-        return [row for row in rows if row["label"] in self._index]
+        return with_known_labels(self.labels, rows)
 
     def encode(self, example: Mapping[str, Any]) -> Labelled:
         """See Objective."""
@@ -78,6 +73,14 @@ class Classification(Objective):
         return torch.nn.functional.cross_entropy(
             logits, targets, weight, reduction="sum", label_smoothing=label_smoothing
         )
+
+
+def with_known_labels(labels: Sequence[str], rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows of eval whose label train has; which others there are is logged."""
+    unknown = sorted({row["label"] for row in rows} - set(labels))
+    if unknown:
+        log.warning("train: labels %s occur in eval and not in train; those examples are not judged", unknown)
+    return [row for row in rows if row["label"] in set(labels)]
 
 
 def labels_of(rows: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -91,6 +92,7 @@ class Grouped(Answering):
     """What both have: a group of answers to each prompt, judged by rules and a reward model."""
 
     measures = ("policy_loss", "clipped_fraction")
+    settings: GrpoObjective | RlooObjective
 
     def __init__(
         self,
@@ -110,14 +112,15 @@ class Grouped(Answering):
             base_inside: whether the base is the model with its adapter switched off; else a copy is kept.
         """
         super().__init__(folder, precision, settings, base_inside)
+        self.settings = settings
         self.answers_each = settings.group_size
         self._judge = judge
         self._rules = [rule_of(each) for each in settings.rewards]
         self._compares = any(isinstance(each, AnswerReward) for each in settings.rewards)
 
+    @abstractmethod
     def _advantages(self, earned: Sequence[float], apart: Sequence[float]) -> list[float]:
         """Of answers in groups, by what they earned and how many nats they are from the base."""
-        raise NotImplementedError
 
     def _rewards_of(
         self, prompts: Sequence[Prompt], answers: Sequence[str], ended: Sequence[bool]
@@ -174,16 +177,7 @@ class Grouped(Answering):
 class Grpo(Grouped):
     """Group relative policy optimisation: see GrpoObjective."""
 
-    def __init__(
-        self,
-        folder: Path,
-        precision: causal.Precision,
-        settings: GrpoObjective,
-        judge: Judge | None,
-        base_inside: bool,
-    ) -> None:
-        super().__init__(folder, precision, settings, judge, base_inside)
-        self.settings = settings
+    settings: GrpoObjective
 
     def terms(self, encoded: Prompt | Drawn) -> int:
         """The tokens of an answer, or one where answers weigh alike; a prompt that is judged is one."""
@@ -221,16 +215,7 @@ class Grpo(Grouped):
 class Rloo(Grouped):
     """REINFORCE, leave one out: see RlooObjective."""
 
-    def __init__(
-        self,
-        folder: Path,
-        precision: causal.Precision,
-        settings: RlooObjective,
-        judge: Judge | None,
-        base_inside: bool,
-    ) -> None:
-        super().__init__(folder, precision, settings, judge, base_inside)
-        self.settings = settings
+    settings: RlooObjective
 
     def terms(self, encoded: Prompt | Drawn) -> int:
         """One answer."""

@@ -12,9 +12,10 @@ from typing import Any
 from components.shared import causal, families, images
 from components.shared.tasks import Task
 from components.train.config import TrainConfig
-from components.train.objectives.augmenting import augmented
-from components.train.objectives.base import Arithmetic, Objective, base_settings
-from components.train.objectives.classification import class_weights, labels_of
+from components.train.objectives.augmentation import Augmented
+from components.train.objectives.base import base_settings
+from components.train.objectives.classification import class_weights, labels_of, with_known_labels
+from components.train.objectives.image_augmenting import augmented
 from components.train.objectives.media_config import ImageClassificationObjective
 from components.train.ranks import Ranks
 
@@ -33,7 +34,7 @@ class Pictured:
         return 1
 
 
-class ImageClassification(Objective):
+class ImageClassification(Augmented):
     """One label for each image, by cross-entropy over the classes. What others count in tokens are images."""
 
     task: Task = "image-classification"
@@ -47,7 +48,6 @@ class ImageClassification(Objective):
         self._index = {label: index for index, label in enumerate(self.labels)}
         weights = class_weights(rows, asked) if asked else None
         self._weights = [weights[label] for label in self.labels] if weights else None
-        self._draw = 0
         self.tokenizer = images.open_processor(folder)
         self.model = _open(folder, self.labels, config.dropout)
         self.own_weights = tuple(families.head(self.model))
@@ -55,12 +55,7 @@ class ImageClassification(Objective):
 
     def usable(self, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         """Rows whose label train has; another label cannot be scored."""
-        unknown = sorted({row["label"] for row in rows} - set(self.labels))
-        if unknown:
-            log.warning(
-                "train: labels %s occur in eval and not in train; those examples are not judged", unknown
-            )
-        return [row for row in rows if row["label"] in self._index]
+        return with_known_labels(self.labels, rows)
 
     def encode(self, example: Mapping[str, Any]) -> Pictured:
         """See Objective; the image itself is read when it is needed."""
@@ -73,16 +68,6 @@ class ImageClassification(Objective):
     def terms(self, encoded: Pictured) -> int:
         """One label."""
         return 1
-
-    def turns(
-        self, batches: Sequence[Sequence[Any]], arithmetic: Arithmetic
-    ) -> Iterable[Sequence[Sequence[Any]]]:
-        """One optimizer update; all that its augmentation depends on is drawn here, once."""
-        import torch
-
-        # PyTorch's state is in the checkpoints, so an update that is done again draws the same.
-        self._draw = int(torch.randint(2**62, ()))
-        return [batches]
 
     def summed_loss(self, batch: Sequence[Pictured], label_smoothing: float) -> Any:
         """See Objective; class weights multiply each image's loss, on eval too."""

@@ -12,7 +12,8 @@ from components.shared.encoded import Encoded
 from components.shared.errors import TuneyardError
 from components.shared.tasks import Task
 from components.train.config import TrainConfig
-from components.train.objectives.base import Arithmetic, Objective, base_settings
+from components.train.objectives.augmentation import Augmented
+from components.train.objectives.base import base_settings
 from components.train.objectives.media_config import SpeechRecognitionObjective
 from components.train.objectives.sound_augmenting import augmented, masked
 from components.train.ranks import Ranks
@@ -30,7 +31,7 @@ class Spoken:
         return len(self.text)
 
 
-class SpeechRecognition(Objective):
+class SpeechRecognition(Augmented):
     """Cross-entropy on the tokens of the transcript and its end (Radford et al. 2022, arXiv:2212.04356)."""
 
     task: Task = "speech-recognition"
@@ -38,7 +39,6 @@ class SpeechRecognition(Objective):
     def __init__(self, folder: Path, config: TrainConfig, rows: Sequence[Mapping[str, Any]]) -> None:
         assert isinstance(config.objective, SpeechRecognitionObjective)
         self._augment, self._batch = config.objective.augment, config.per_device_batch_size
-        self._draw = 0
         self.tokenizer = sounds.open_processor(folder)  # text and sound are prepared by one object
         self._set_language(config.objective.language)
         sounds.refuse_long(rows, self.tokenizer, "train")
@@ -82,16 +82,6 @@ class SpeechRecognition(Objective):
     def terms(self, encoded: Spoken) -> int:
         """Tokens of the transcript, its end among them."""
         return len(encoded.text.answer)
-
-    def turns(
-        self, batches: Sequence[Sequence[Any]], arithmetic: Arithmetic
-    ) -> Iterable[Sequence[Sequence[Any]]]:
-        """One optimizer update; all that its augmentation depends on is drawn here, once."""
-        import torch
-
-        # PyTorch's state is in the checkpoints, so an update that is done again draws the same.
-        self._draw = int(torch.randint(2**62, ()))
-        return [batches]
 
     def summed_loss(self, batch: Sequence[Spoken], label_smoothing: float) -> Any:
         """See Objective."""

@@ -113,12 +113,6 @@ class Fsdp2(Whole):
 
         return computed
 
-    def forward_only(self) -> Any:
-        """What is gathered in inference mode could not be used with gradients later."""
-        import torch
-
-        return torch.no_grad()
-
     def reduce(self, weights: Mapping[str, Any]) -> None:
         """Each backward pass has done it."""
 

@@ -55,7 +55,8 @@ class Whole:
         """Context of an evaluation."""
         import torch
 
-        return torch.inference_mode()
+        # What is gathered in inference mode could not be used with gradients later.
+        return torch.no_grad() if self.in_pieces else torch.inference_mode()
 
     def reduce(self, weights: Mapping[str, Any]) -> None:
         """Make the gradients those of all processes, after the last backward pass of an update."""

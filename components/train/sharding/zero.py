@@ -107,12 +107,6 @@ class Zero(Whole):
 
         return computed
 
-    def forward_only(self) -> Any:
-        """What is gathered in inference mode could not be used with gradients later."""
-        import torch
-
-        return torch.no_grad()
-
     def reduce(self, weights: Mapping[str, Any]) -> None:
         """The last backward pass has done it."""
 

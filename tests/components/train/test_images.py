@@ -21,9 +21,8 @@ from components.register.compare import default_metric
 from components.register.config import BETTER
 from components.shared import images, jsonl
 from components.shared.errors import StageStopped, TuneyardError
-from components.shared.manifest import Manifest, describe
 from components.shared.modelcard import ModelCard
-from components.shared.stage import Artifact, Context
+from components.shared.stage import Artifact
 from components.shared.store import Store
 from components.split.config import SplitConfig
 from components.split.split import split
@@ -32,10 +31,11 @@ from components.train.adapters.applying import apply_adapter, weight_counts
 from components.train.config import TrainConfig
 from components.train.fit import fit
 from components.train.footprint import predict
-from components.train.objectives.augmenting import augmented
+from components.train.objectives.image_augmenting import augmented
 from components.train.objectives.media_config import ImageAugmentation
 from components.train.objectives.opening import open_objective
 from components.train.train import train
+from tests.components.train.staging import stage
 from tests.tiny import tiny_resnet, tiny_vit
 
 AUGMENT = {"rotate_degrees": 20.0, "crop": 0.2, "colour_jitter": 0.3, "flip": "both"}
@@ -210,21 +210,6 @@ def test_unfreezing_goes_from_the_head_down(bases, corpus, kind):
     first = {n for n, w in objective.model.named_parameters() if w.requires_grad}
     assert first and all("classifier" in n or "layernorm" in n for n in first)
     assert len(checkpoint.trainable(objective.model)) == len(list(objective.model.parameters()))
-
-
-def stage(verb, config, inputs, folder):
-    context = Context(
-        "run", "tiny", verb.__name__, verb.__name__[0] * 64, Store("s3://none", folder / "cache"),
-        folder / verb.__name__, folder / f"{verb.__name__}-work",
-    )  # fmt: skip
-    context.out.mkdir(parents=True)
-    result = verb(config, inputs, context)
-    made = {
-        n: Artifact(Manifest(k, describe(context.out / n)), context.out / n) for n, k in result.kinds.items()
-    }
-    for name, artifact in made.items():
-        artifact.manifest.metadata.update(result.metadata.get(name, {}))
-    return result, made
 
 
 @pytest.fixture(scope="session")

@@ -22,10 +22,8 @@ from components.register.compare import default_metric
 from components.register.config import BETTER
 from components.shared import sounds, transcribing
 from components.shared.errors import StageStopped, TuneyardError
-from components.shared.manifest import Manifest, describe
 from components.shared.media import BadMedia
 from components.shared.modelcard import ModelCard
-from components.shared.stage import Artifact, Context
 from components.shared.store import Store
 from components.split.config import SplitConfig
 from components.split.split import split
@@ -38,6 +36,7 @@ from components.train.objectives.media_config import SpeechAugmentation
 from components.train.objectives.opening import open_objective
 from components.train.objectives.sound_augmenting import augmented, masked, noisy, stretched
 from components.train.train import train
+from tests.components.train.staging import stage
 from tests.tiny import tiny_whisper
 
 RATE = 8000
@@ -226,21 +225,6 @@ def test_what_is_written_greedily_is_what_transformers_writes(base, corpus):
                 ids.append(int(logits[0, -1].argmax()))
         answer = ids[len(prefix) :]
         assert found[number] == (answer[: answer.index(end)] if end in answer else answer)
-
-
-def stage(verb, config, inputs, folder):
-    context = Context(
-        "run", "tiny", verb.__name__, verb.__name__[0] * 64, Store("s3://none", folder / "cache"),
-        folder / verb.__name__, folder / f"{verb.__name__}-work",
-    )  # fmt: skip
-    context.out.mkdir(parents=True)
-    result = verb(config, inputs, context)
-    made = {
-        n: Artifact(Manifest(k, describe(context.out / n)), context.out / n) for n, k in result.kinds.items()
-    }
-    for name, artifact in made.items():
-        artifact.manifest.metadata.update(result.metadata.get(name, {}))
-    return result, made
 
 
 @pytest.mark.parametrize("adapter", ["full", "lora"])
