@@ -66,6 +66,14 @@ def legal(home):
     return submit(home, "sft_legal", LEGAL)
 
 
+@pytest.mark.parametrize("pipeline", ["sft_legal", "classify_finance", "dpo_general"])
+def test_a_pipeline_file_as_it_is_gets_through_its_data_checks(home, pipeline):
+    """All that it reads, where other tests read some of it: as far as train, which these settings stop."""
+    done = submit(home, pipeline, ["train.max_length=8", "train.over_length=error"], code=3)
+    found = {stage["name"]: stage["status"] for stage in done["stages"]}
+    assert [found[name] for name in ("ingest", "validate", "split", "train")] == ["done"] * 3 + ["stopped"]
+
+
 @pytest.fixture(scope="module")
 def finance(home):
     return submit(home, "classify_finance", FINANCE)

@@ -28,7 +28,7 @@ def test_the_promised_samples_are_there() -> None:
     assert {sample.uri for sample in SAMPLES} == {
         "s3://corpora/legal/consultation/",
         "s3://corpora/legal/statute/",
-        "s3://corpora/legal/entities/",
+        "s3://corpora/entities/thefts/",
         "s3://corpora/general/preferences/",
         "s3://corpora/finance/reuters-r8/",
         "s3://models/gemma-3-270m/",
@@ -155,8 +155,8 @@ def test_a_typo_in_a_catalogue_is_an_error() -> None:
 @pytest.mark.parametrize(
     ("uri", "found"),
     [
-        ("s3://corpora/legal", ["legal/consultation", "legal/statute", "legal/entities"]),
-        ("s3://corpora/legal/", ["legal/consultation", "legal/statute", "legal/entities"]),
+        ("s3://corpora/legal", ["legal/consultation", "legal/statute"]),
+        ("s3://corpora/legal/", ["legal/consultation", "legal/statute"]),
         ("s3://corpora/legal/statute/3-2.jsonl", ["legal/statute"]),
         ("s3://corpora/finance/reuters-r8/test", ["finance/reuters-r8"]),
         ("s3://corpora/lega", []),
