@@ -73,11 +73,14 @@ rollback: need-MODEL setup  ## bring the champion before this one back: MODEL=sf
 gc: setup  ## show what the store could drop; DELETE=1 drops it, KEEP_DAYS=30
 	@exec $(BIN)/tuneyard gc $${DELETE:+--delete} $${KEEP_DAYS:+--keep-days "$$KEEP_DAYS"}
 
+# Two files of tests at a time, in the order they are collected: the longest are then not left to the end.
+PYTEST := $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
+
 test: setup  ## run all tests
-	@exec $(BIN)/python -m pytest
+	@exec $(PYTEST)
 
 test-unit: setup  ## run the tests that need no server and no patience
-	@exec $(BIN)/python -m pytest -m "not (e2e or server or slow)"
+	@exec $(PYTEST) -m "not (e2e or server or slow)"
 
 test-cluster: setup  ## drive a real cluster, the one of TUNEYARD_KFP_ENDPOINT (docs/kubernetes.md)
 	@exec $(BIN)/python -m pytest tests/cluster -rs

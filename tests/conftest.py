@@ -141,19 +141,29 @@ def tiny_causal(tmp_path_factory, tiny_tokenizer):
 
 @pytest.fixture(scope="session")
 def tiny_encoder(tmp_path_factory):
-    """Folder of a random BERT with two layers and a word-piece tokenizer."""
+    """Folder of a random BERT with two layers and a word-piece tokenizer: of TEXTS all words and characters.
+
+    The vocabulary is written, not trained: tokenizers' trainer numbers word pieces in another order in each
+    process, and with it the random weights of every word.
+    """
     import torch
-    from tokenizers import BertWordPieceTokenizer
+    from tokenizers.normalizers import BertNormalizer
+    from tokenizers.pre_tokenizers import BertPreTokenizer
     from transformers import BertConfig, BertModel, BertTokenizerFast
 
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("tiny-encoder")
-    trained = BertWordPieceTokenizer()
-    trained.train_from_iterator(TEXTS, vocab_size=300, show_progress=False)
-    trained.save_model(str(folder))
+    normal = BertNormalizer()
+    split = [BertPreTokenizer().pre_tokenize_str(normal.normalize_str(text)) for text in TEXTS]
+    words = sorted({word for text in split for word, _ in text})
+    letters = sorted(set("".join(words)))
+    # A word's own characters, at its start and within it, so that whatever is written in them has a token.
+    pieces = dict.fromkeys([*letters, *(f"##{letter}" for letter in letters), *words])
+    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *pieces]
+    (folder / "vocab.txt").write_text("\n".join(vocabulary) + "\n")
     BertTokenizerFast(vocab=str(folder / "vocab.txt")).save_pretrained(folder)
     config = BertConfig(
-        vocab_size=trained.get_vocab_size(),
+        vocab_size=len(vocabulary),
         hidden_size=32,
         num_hidden_layers=2,
         num_attention_heads=2,

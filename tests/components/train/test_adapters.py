@@ -24,8 +24,16 @@ from components.train.objectives.classification import Classification
 from components.train.objectives.opening import computed_in, held_in
 from components.train.objectives.sft import Sft
 
-# Rates at which a random model of 40,000 weights learns in a few dozen updates; a real one wants far less.
-RATES = {"full": 3e-3, "progressive": 5e-3, "ia3": 0.1, "prompt": 0.3, "prefix": 0.05, "p_tuning_v2": 0.1}
+# Rates at which a random model of 40,000 weights learns in a hundred updates; a real one wants far less.
+RATES = {
+    "full": 3e-3,
+    "progressive": 5e-3,
+    "rslora": 3e-3,
+    "ia3": 0.1,
+    "prompt": 0.3,
+    "prefix": 0.05,
+    "p_tuning_v2": 0.1,
+}
 SPELT = {
     "full": {"kind": "full"},
     "last_layers": {"kind": "last_layers", "layers": 1},
@@ -58,7 +66,7 @@ def settings_for(task, name, base, **changes):
         "objective": task,
         "base_model": str(base),
         "adapter": SPELT[name],
-        "learning_rate": 0.03 if task != "sft" and slow else RATES.get(kind, 1e-2),
+        "learning_rate": 0.03 if task != "sft" and slow else RATES.get(name, 1e-2),
         "max_length": 64,
         "max_steps": 30,
         "per_device_batch_size": 8,
@@ -133,7 +141,7 @@ def plain(name):
 @each_task
 @every_adapter
 def test_it_learns_and_moves_exactly_its_weights(made, tmp_path, task, name):
-    config, objective, encoded = made(task, name, max_steps=40, eval_steps=5)
+    config, objective, encoded = made(task, name, max_steps=120)
     steps = len(schedule_batches([len(e) for e in encoded[:20]], config))
     moving, total = weight_counts(objective, config, steps)
     before = {n: w.detach().clone() for n, w in objective.model.named_parameters()}
@@ -143,7 +151,7 @@ def test_it_learns_and_moves_exactly_its_weights(made, tmp_path, task, name):
     assert moving == sum(before[n].numel() for n in promised) <= total
     state = fit(objective, encoded[:20], encoded[:20], config, "float32", tmp_path, lambda *_: None)
     # On what it was fitted to: whether two dozen texts generalise is not asked of a random model.
-    assert state.best_loss < 0.98 * state.base_loss
+    assert state.best_loss < 0.95 * state.base_loss
     moved = {n for n, w in objective.model.named_parameters() if not torch.equal(before[n], w)}
     # Not a subset alone: a part of an adapter that nothing flows through would be a silent defect. Rows of
     # the tables for positions and words that do not occur have no gradient, but the tables do.
