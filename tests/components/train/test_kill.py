@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from benchmarks.kill import SETTINGS
-from benchmarks.killing import OURS, Contender, Kill, ask, contend, draw_kills
+from benchmarks.killing import OURS, TRAINER, Contender, Kill, ask, contend, draw_kills
 
 
 def rows(count):
@@ -36,6 +36,18 @@ def test_twenty_kills_change_no_bit(tiny_causal, tmp_path):
     assert found["kills"] == 20 and found["kills_within_a_save"] >= 5
     assert found["resumes_that_failed"] == 0
     assert found["left_alone_twice_is_bit_identical"] and found["bit_identical"], kills
+
+
+@pytest.mark.slow
+def test_the_trainer_dies_by_the_same_list(tiny_causal, tmp_path):
+    config = SETTINGS | {"base_model": str(tiny_causal), "max_steps": 16}
+    given = {"config": config, "rows": rows(20), "folder": str(tmp_path / "trainer")}
+    found = ask(TRAINER, given, [Kill("save", 2, 0.2), Kill("update", 3, 0.9)], 500)
+    assert found["kills"] == 2 and found["updates"] == 16
+    assert found["kills_within_a_save"] >= 1
+    assert found["left_alone_twice_is_bit_identical"]
+    # What it stopped at was deleted, and it ended all the same.
+    assert sum(found["errors"].values()) == found["resumes_that_failed"] <= 2
 
 
 class Plain:
