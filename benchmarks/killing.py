@@ -237,7 +237,8 @@ def contend(contender: Contender, job: dict[str, Any]) -> dict[str, Any]:
     _import(json.loads((folders[0] / _MODULES).read_text()))
     alone = _left_alone(contender, job, folders[1])
     kills = [Kill(**kill) for kill in job["kills"]]
-    attempts, errors = survive(contender, job, folders[2], kills, alone.spans())
+    spans = alone.spans()
+    attempts, errors = survive(contender, job, folders[2], kills, spans)
     killed = [one for one in attempts if one.status == -signal.SIGKILL]
     whole, again, cut = (load_file(folder / "weights.safetensors") for folder in folders)
     return {
@@ -252,6 +253,8 @@ def contend(contender: Contender, job: dict[str, Any]) -> dict[str, Any]:
         "bit_identical": _difference(whole, cut) == 0,
         "largest_difference_of_a_weight": _difference(whole, cut),
         "largest_weight": max(float(weight.abs().max()) for weight in whole.values()),
+        "usual_update_seconds": round(spans["update"], 4),
+        "shortest_save_seconds": round(spans["save"], 4),
         "seconds_left_alone": round(alone.seconds, 2),
         "seconds_more": round(sum(one.seconds for one in attempts) - alone.seconds, 2),
         "cpu_seconds_left_alone": round(alone.cpu_seconds, 2),

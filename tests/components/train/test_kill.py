@@ -75,7 +75,7 @@ def forty_updates(job, folder):
         momentum = torch.tensor([state["momentum"]])
         optimizer.state[weight]["momentum_buffer"] = momentum * (not job["forgets"])
     for step in range(start + 1, 41):
-        if step == job["faulty"]:
+        if (folder.name, step) == ("killed", job["faulty"]):
             raise ValueError("a fault of the fit")
         weight.grad = torch.tensor([float(step % 7)])
         optimizer.step()
@@ -122,8 +122,9 @@ def test_a_resume_that_is_none_shows(tmp_path):
 
 
 def test_no_checkpoint_is_deleted_for_a_fault_of_the_fit(tmp_path):
-    with pytest.raises(RuntimeError, match="ValueError: a fault of the fit"):
+    with pytest.raises(RuntimeError, match="no checkpoint's fault: ValueError: a fault of the fit"):
         contend(PLAIN, job(tmp_path, [], faulty=12))
+    assert sorted(path.name for path in (tmp_path / "killed").glob("step-*")) == ["step-10", "step-5"]
 
 
 def test_the_list_leaves_each_attempt_something_to_kill():
