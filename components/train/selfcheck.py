@@ -10,12 +10,14 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 from components.shared import causal, clock
 from components.shared.errors import TuneyardError
 from components.train import checkpoint
-from components.train.objectives.base import Objective
+from components.train.objectives.base import Arithmetic, Objective
+from components.train.ranks import ALONE
 from components.train.update import autocast
 
 log = logging.getLogger("tuneyard.train")
@@ -84,17 +86,19 @@ def _limit(name: str, precision: causal.Precision) -> float:
 
 def measure(objective: Objective, chosen: Sequence[Any], precision: causal.Precision) -> dict[str, float]:
     """Relative differences, by name, of loss and gradient computed in ways that must agree."""
-    found: dict[str, float] = {}
-    with _calm(objective.model), clock.arithmetic(), autocast(precision):
-        chosen = list(objective.rehearsed(chosen))
-        together, gradient = _loss(objective, objective.summed_loss, [chosen])
-        if objective.separable:
-            alone, split = _loss(objective, objective.summed_loss, [[e] for e in chosen])
-            found["micro_batches_loss"] = _relative(alone, together)
-            found["micro_batches_gradient"] = _distance(split, gradient)
+    arithmetic = partial(autocast, precision)
+    with _calm(objective.model):
+        with clock.arithmetic(), arithmetic():
+            chosen = list(objective.rehearsed(chosen))
+        together, gradient = _update(objective, [chosen], arithmetic)
+        alone, split = _update(objective, [[e] for e in chosen], arithmetic)
+        found = {
+            "micro_batches_loss": _relative(alone, together),
+            "micro_batches_gradient": _distance(split, gradient),
+        }
         if objective.plain_loss is not None:
-            with _attention(objective.model, "eager"):
-                plain, expected = _loss(objective, objective.plain_loss, [chosen])
+            with clock.arithmetic(), arithmetic(), _attention(objective.model, "eager"):
+                plain, expected = _plain(objective, objective.plain_loss, chosen)
             found["plain_loss"] = _relative(plain, together)
             found["plain_gradient"] = _distance(expected, gradient)
     return found
@@ -141,18 +145,35 @@ def _calm(model: Any) -> Iterator[None]:
             model.zero_grad(set_to_none=True)
 
 
-def _loss(
-    objective: Objective, loss: Callable[[Sequence[Any], float], Any], batches: Sequence[Sequence[Any]]
+def _update(
+    objective: Objective, micros: Sequence[Sequence[Any]], arithmetic: Arithmetic
 ) -> tuple[float, dict[str, Any]]:
-    """Summed loss over micro-batches, and its gradient by weight."""
+    """Mean loss and gradient of an update, as the training makes them of these micro-batches."""
+    import torch
+
     objective.model.zero_grad(set_to_none=True)
-    total = 0.0
-    for batch in batches:
-        part = loss(batch, 0.0)
-        part.backward()
-        total += float(part.detach())
+    torch.manual_seed(0)  # gradient surgery draws the order of its tasks
+    loss = objective.gradient(micros, _terms(objective, micros), 0.0, arithmetic, ALONE)
+    return loss, _gradient(objective)
+
+
+def _plain(
+    objective: Objective, loss: Callable[[Sequence[Any], float], Any], chosen: Sequence[Any]
+) -> tuple[float, dict[str, Any]]:
+    """Mean loss by the book, and its gradient."""
+    objective.model.zero_grad(set_to_none=True)
+    mean = loss(chosen, 0.0) / _terms(objective, [chosen])
+    mean.backward()
+    return float(mean.detach()), _gradient(objective)
+
+
+def _terms(objective: Objective, micros: Sequence[Sequence[Any]]) -> int:
+    return max(1, sum(objective.terms(e) for micro in micros for e in micro))
+
+
+def _gradient(objective: Objective) -> dict[str, Any]:
     moving = checkpoint.trainable(objective.model)
-    return total, {n: w.grad.detach().clone() for n, w in moving.items() if w.grad is not None}
+    return {n: w.grad.detach().clone() for n, w in moving.items() if w.grad is not None}
 
 
 def _relative(one: float, other: float) -> float:

@@ -26,7 +26,6 @@ class Objective(ABC):
         task: of the model that comes out.
         labels: class names in logit order; empty where there are none.
         own_weights: names of weights that the objective itself adds to the model; they move with any adapter.
-        separable: whether the loss of a batch is the sum over its examples, each by itself.
         rounding: how many times further than a sum of token losses the loss moves by rounding.
         retained: retention.Retained, where there is such a set.
         penalties: what is minimised beside the loss, once an update: (micro-batches of this process, terms of
@@ -42,7 +41,6 @@ class Objective(ABC):
     task: Task
     labels: Sequence[str] = ()
     own_weights: tuple[str, ...] = ()
-    separable: bool = True
     rounding: float = 1.0
     plain_loss: Callable[[Sequence[Any], float], Any] | None = None
     retained: Any = None

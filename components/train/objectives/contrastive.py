@@ -46,7 +46,6 @@ class Contrastive(Objective):
     """InfoNCE with the pairs of the update as negatives: see ContrastiveObjective."""
 
     task: Task = "embedding"
-    separable = False
 
     def __init__(self, folder: Path, settings: ContrastiveObjective, dropout: float | None = None) -> None:
         from transformers import AutoModel

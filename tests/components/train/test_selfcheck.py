@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 
@@ -10,8 +12,11 @@ from components.shared.errors import TuneyardError
 from components.train import selfcheck
 from components.train.adapters.applying import apply_adapter
 from components.train.config import TrainConfig
-from components.train.objectives.base import choose_attention
+from components.train.objectives.base import Objective, choose_attention
 from components.train.objectives.classification import Classification
+from components.train.objectives.config import ContrastiveObjective, MultiTaskObjective
+from components.train.objectives.contrastive import Contrastive
+from components.train.objectives.multi_task import MultiTask, heads_of
 from components.train.objectives.sft import Sft
 
 ROWS = [
@@ -55,6 +60,32 @@ def test_a_classifier_passes(tiny_encoder):
     objective = Classification(tiny_encoder, ["a", "b"])
     rows = [{"text": "the company said profit rose " * (1 + i % 3), "label": "ab"[i % 2]} for i in range(6)]
     assert set(check(objective, rows)) == {"micro_batches_loss", "micro_batches_gradient"}
+
+
+PAIRS = [{"anchor": f"profit rose {i} times", "positive": "the rent " * (1 + i % 3)} for i in range(6)]
+
+
+@pytest.fixture
+def contrastive(tiny_encoder):
+    return Contrastive(tiny_encoder, ContrastiveObjective(kind="contrastive"))
+
+
+def test_gradients_that_hang_on_the_whole_update_pass(contrastive, tiny_encoder):
+    assert 0 < max(check(contrastive, PAIRS).values()) < 1e-4
+    labels = [("a", "x"), ("b", "1"), ("a", "y"), ("b", "2")] * 2
+    rows = [{"task": task, "text": f"profit {label}", "label": label} for task, label in labels]
+    tasks = {"a": {"head": "classification"}, "b": {"head": "regression"}}
+    settings = MultiTaskObjective.model_validate(
+        {"kind": "multi-task", "tasks": tasks, "gradients": "pcgrad"}
+    )
+    several = MultiTask(tiny_encoder, settings, heads_of(rows, settings), 1e-3, 0.0)
+    assert 0 < max(check(several, rows).values()) < 1e-3
+
+
+def test_micro_batches_that_are_negatives_to_themselves_alone_are_stopped(contrastive, monkeypatch):
+    monkeypatch.setattr(contrastive, "gradient", partial(Objective.gradient, contrastive))
+    with pytest.raises(TuneyardError, match=r"one batch, and of its examples one by one: they differ by \d+"):
+        check(contrastive, PAIRS)
 
 
 def test_a_mean_of_means_is_stopped(sft, monkeypatch):
