@@ -111,11 +111,11 @@ def _contend(name: str, folder: Path, peer: Environment | None) -> float:
     """Real tokens a second of one contender over its updates but the first."""
     if name in llamafactory.PEERS:
         assert peer is not None
-        peer.run("benchmarks.peers.llamafactory", name, str(folder), log=folder / f"{name}.log")
+        updates = llamafactory.contend(peer, name, folder)["updates"][1:]
     else:
         command = [sys.executable, "-m", "benchmarks.trainers", name, str(folder)]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    updates = json.loads((folder / f"{name}.json").read_text())["updates"][1:]
+        updates = json.loads((folder / f"{name}.json").read_text())["updates"][1:]
     return sum(row["tokens"] for row in updates) / sum(row["seconds"] for row in updates)
 
 
@@ -132,6 +132,9 @@ def _measure(
     theirs = list(llamafactory.PEERS) if peer else []
     if peer:
         llamafactory.write_texts(folder, examples)
+        for each in theirs:
+            gap = llamafactory.loss_gap(peer, each, folder, examples)
+            figures[f"{each}.loss_difference_in_float32"] = gap
     peers = [*trainers.PEERS, *theirs]
     rounds = [
         {each: _told(name, each, _contend(each, folder, peer)) for each in (trainers.OURS, *peers)}
@@ -139,9 +142,6 @@ def _measure(
     ]
     for each in rounds[0]:
         figures[f"{each}.tokens_per_second"] = round(statistics.median(r[each] for r in rounds), 1)
-    for each in theirs:
-        gap = llamafactory.loss_gap(folder, each, examples)
-        figures[f"{each}.first_loss_difference"] = round(gap, 5)
     families = {each: [each] for each in peers} | {
         "trl_at_its_best": [trainers.TRL, trainers.TRL_PACKED],
         "llamafactory_at_its_best": theirs,

@@ -26,11 +26,18 @@ LEFT_OUT = (
     *("triton", "cuda-bindings", "cuda-toolkit", "nvidia-cudnn-cu13", "nvidia-cusparselt-cu13"),
     *("nvidia-nccl-cu13", "nvidia-nvshmem-cu13"),  # CUDA
 )
+_LEFT_OUT = textwrap.fill(
+    ", ".join(sorted(LEFT_OUT)),
+    100,
+    initial_indent="#   ",
+    subsequent_indent="#   ",
+    break_on_hyphens=False,
+)
 HEAD = f"""\
 # {WANTED} and what training text with it on a CPU imports.
 # Made by `python -m benchmarks.peers.lock`; do not edit. Installed as it stands, without asking what depends
 # on what. Left out of what it and PyTorch declare:
-{textwrap.fill(", ".join(sorted(LEFT_OUT)), 100, initial_indent="#   ", subsequent_indent="#   ")}
+{_LEFT_OUT}
 """
 
 
