@@ -219,3 +219,33 @@ def test_without_the_environment_the_figures_say_not_measured(
     assert ("llamafactory.tokens_per_second" in figures) == there
     versions = train._versions(peer, why_not)["llamafactory.versions"]
     assert versions == (dict.fromkeys(llamafactory.TOLD, "1") if there else said)
+
+
+def test_a_first_loss_that_is_not_the_references_is_refused(
+    tiny_causal: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The loss is computed here once more, from PyTorch's own parts and one example at a time."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    examples = [Encoded([5, 6, 7], [8, 9]), Encoded([9], [10, 11, 12, 2]), Encoded([7, 8], [5, 5])]
+    model = AutoModelForCausalLM.from_pretrained(tiny_causal, dtype=torch.float32).eval()
+    nats = 0.0
+    with torch.no_grad():
+        for e in (examples[2], examples[1]):
+            logits = model(torch.tensor([[*e.prompt, *e.answer]])).logits[0]
+            told = torch.log_softmax(logits, 1)[len(e.prompt) - 1 : -1]
+            nats -= float(told.gather(1, torch.tensor(e.answer)[:, None]).sum())
+    loss = nats / 6
+    (tmp_path / "model").symlink_to(tiny_causal)
+    peer = environment.Environment(tmp_path, {})
+
+    def contended(by: float) -> float:
+        monkeypatch.setattr(llamafactory, "contend", lambda *_: {"first": [2, 1], "losses": [loss + by]})
+        return llamafactory.loss_gap(peer, llamafactory.PADDED, tmp_path, examples)
+
+    # One float32 sum beside another of six terms: their last bits differ.
+    assert contended(0.0) < 1e-5
+    assert contended(5e-4) == pytest.approx(5e-4, abs=1e-5)
+    with pytest.raises(ValueError, match="the reference gives .* on the same 2 examples"):
+        contended(0.002)
