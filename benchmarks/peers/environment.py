@@ -130,4 +130,5 @@ def _call(*command: str) -> None:
     if answer.returncode:
         said = answer.stderr + answer.stdout
         faults = [line for line in said.splitlines() if line.startswith("ERROR: ")]
-        raise NotMadeError(" ".join(faults[-2:]) or last_lines(said, 3))
+        unreachable = "pip cannot reach its index: " if "Retrying (" in said else ""
+        raise NotMadeError(unreachable + (" ".join(faults[-2:]) or last_lines(said, 3)))

@@ -36,7 +36,8 @@ PEERS = {
 TOLD = ("llamafactory", "torch", "transformers", "peft", "accelerate", "datasets", "trl")
 # Nats a token between its first loss and a reference on the same examples, both in float32: what is asked of
 # our own loss. They add the same numbers in another order, which moved it by 6e-7 (Gemma, four examples). On
-# six of the random Qwen2's, loss on the prompts too moves it by 0.011, a packed row read as one text by 0.0016.
+# six of the random Qwen2's, loss on the prompts too moves it by 0.011, a packed row read as one text by
+# 0.0016.
 LOSS_TOLERANCE = 1e-3
 
 
@@ -199,7 +200,7 @@ def _opening(clock: trainers.Clock, examples: Sequence[Encoded], first: list[int
     """A callback that checks the data before the first update and tells which examples that one had."""
     from transformers import TrainerCallback
 
-    class Opening(TrainerCallback):  # type: ignore[misc]
+    class Opening(TrainerCallback):
         def on_train_begin(self, *_: Any, **named: Any) -> None:
             pad_id = named["processing_class"].pad_token_id
             rows = located(named["train_dataloader"].dataset, examples, pad_id)

@@ -247,5 +247,5 @@ def test_a_first_loss_that_is_not_the_references_is_refused(
     # One float32 sum beside another of six terms: their last bits differ.
     assert contended(0.0) < 1e-5
     assert contended(5e-4) == pytest.approx(5e-4, abs=1e-5)
-    with pytest.raises(ValueError, match="the reference gives .* on the same 2 examples"):
+    with pytest.raises(ValueError, match=r"the reference gives .* on the same 2 examples"):
         contended(0.002)
