@@ -17,6 +17,7 @@ from __future__ import annotations
 import importlib.machinery
 import itertools
 import json
+import shutil
 import sys
 import types
 from collections.abc import Iterable, Mapping, Sequence
@@ -166,6 +167,8 @@ def without(ids: Sequence[int], pad_id: int) -> tuple[int, ...]:
 def contend(peer: Environment, name: str, folder: Path, *exact: str) -> dict[str, Any]:
     """Run a contender in its environment; what it leaves."""
     stem = ".".join([name, *exact])
+    # LLaMA-Factory refuses a folder that an earlier round has filled.
+    shutil.rmtree(folder / "output" / stem, ignore_errors=True)
     peer.run(MODULE, name, str(folder), *exact, log=folder / f"{stem}.log")
     return dict(json.loads((folder / f"{stem}.json").read_text()))
 

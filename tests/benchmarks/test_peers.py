@@ -249,3 +249,21 @@ def test_a_first_loss_that_is_not_the_references_is_refused(
     assert contended(5e-4) == pytest.approx(5e-4, abs=1e-5)
     with pytest.raises(ValueError, match=r"the reference gives .* on the same 2 examples"):
         contended(0.002)
+
+
+def test_a_later_round_finds_no_output_of_the_one_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """LLaMA-Factory refuses to write where something lies."""
+
+    def run(_: Any, module: str, name: str, folder: str, *exact: str, log: Path) -> None:
+        output = Path(llamafactory.settings(name, task, EXAMPLES, Path(folder), bool(exact))["output_dir"])
+        output.mkdir(parents=True)
+        (tmp_path / f"{'.'.join([name, *exact])}.json").write_text('{"updates": []}')
+
+    task = {"per_device_batch_size": 1, "gradient_accumulation_steps": 1, "max_length": 64}
+    task |= {"model": "m", "rank": 4, "updates": 3}
+    monkeypatch.setattr(environment.Environment, "run", run)
+    peer = environment.Environment(tmp_path, {})
+    for exact in ([], [], [llamafactory.EXACT], [llamafactory.EXACT]):
+        assert llamafactory.contend(peer, llamafactory.PACKED, tmp_path, *exact) == {"updates": []}
