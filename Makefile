@@ -98,7 +98,7 @@ lint: setup  ## ruff, mypy, the import contracts and hadolint
 bench: setup  ## run the benchmarks
 	@exec $(BIN)/python -m benchmarks
 
-bench-train: setup  ## tokens/s of fine-tuning beside transformers.Trainer and TRL; JSON=1 prints one object
+bench-train: setup  ## tokens/s of fine-tuning beside transformers.Trainer, TRL and LLaMA-Factory; JSON=1 prints one object
 	@exec $(BIN)/python -m benchmarks train $${JSON:+--json}
 
 lock: setup  ## pin the dependencies of pyproject.toml again (for maintainers)

@@ -9,11 +9,11 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from components.shared.causal import Encoded
+from components.shared.encoded import Encoded
 
 PADDED, GROUPED, TRL, TRL_PACKED, OURS = "padded_trainer", "grouped_trainer", "trl", "trl_packed", "ours"
 PEERS = {
@@ -99,16 +99,18 @@ def ours(task: dict[str, Any], examples: Sequence[Encoded], clock: Clock) -> Non
         clock.end()
 
 
-def _watched(clock: Clock, model: Any, pad_id: int) -> Any:
-    """A callback that times updates; forward passes count their tokens."""
-    from transformers import TrainerCallback
+def count_tokens(clock: Clock, model: Any, pad_id: int) -> None:
+    """Let each forward pass of a model count its tokens; padding is the token that no example holds."""
 
     def count(_: Any, __: Any, named: dict[str, Any]) -> None:
-        mask = named.get("attention_mask")
-        ids = named["input_ids"]
-        clock.saw(int(mask.sum()) if mask is not None else int(ids.numel()))
+        clock.saw(int((named["input_ids"] != pad_id).sum()))
 
     model.register_forward_pre_hook(count, with_kwargs=True)
+
+
+def watch(clock: Clock) -> Any:
+    """A callback that times updates and keeps their losses."""
+    from transformers import TrainerCallback
 
     class Watch(TrainerCallback):  # type: ignore[misc]
         def on_step_begin(self, *_: Any, **__: Any) -> None:
@@ -119,9 +121,16 @@ def _watched(clock: Clock, model: Any, pad_id: int) -> Any:
 
         def on_log(self, *_: Any, logs: dict[str, float] | None = None, **__: Any) -> None:
             if logs and "loss" in logs:
-                clock.losses.append(logs["loss"])
+                clock.losses.append(float(logs["loss"]))
 
     return Watch()
+
+
+def packed_rows(task: Mapping[str, Any], examples: Sequence[Encoded]) -> int:
+    """Full rows that hold as many tokens as the examples of one update do on average."""
+    mean = sum(map(len, examples)) / len(examples)
+    wanted = mean * task["per_device_batch_size"] * task["gradient_accumulation_steps"]
+    return max(1, round(wanted / task["max_length"]))
 
 
 def rows(examples: Sequence[Encoded]) -> list[dict[str, list[int]]]:
@@ -165,12 +174,13 @@ def trainer(
         AutoModelForCausalLM.from_pretrained(task["model"], dtype=torch.float32), lora(task["rank"])
     )
     better = {"bf16": True, "train_sampling_strategy": "group_by_length"} if grouped else {}
+    count_tokens(clock, model, tokenizer.pad_token_id)
     Trainer(
         model=model,
         args=TrainingArguments(**arguments(task, folder), **better),
         train_dataset=datasets.Dataset.from_list(rows(examples)),
         data_collator=DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=-100),
-        callbacks=[_watched(clock, model, tokenizer.pad_token_id)],
+        callbacks=[watch(clock)],
     ).train()
 
 
@@ -185,12 +195,10 @@ def trl(task: dict[str, Any], examples: Sequence[Encoded], clock: Clock, folder:
     model = AutoModelForCausalLM.from_pretrained(task["model"], dtype=torch.bfloat16)
     given = arguments(task, folder) | {"bf16": True, "max_length": task["max_length"]}
     if packed:
-        mean = sum(map(len, examples)) / len(examples)
-        wanted = mean * task["per_device_batch_size"] * task["gradient_accumulation_steps"]
         given |= {
             "packing": True,
             "per_device_train_batch_size": 1,
-            "gradient_accumulation_steps": max(1, round(wanted / task["max_length"])),
+            "gradient_accumulation_steps": packed_rows(task, examples),
         }
     else:
         given |= {"train_sampling_strategy": "group_by_length"}
@@ -201,8 +209,15 @@ def trl(task: dict[str, Any], examples: Sequence[Encoded], clock: Clock, folder:
         processing_class=tokenizer,
         peft_config=lora(task["rank"]),
     )
-    built.add_callback(_watched(clock, built.model, tokenizer.pad_token_id))
+    count_tokens(clock, built.model, tokenizer.pad_token_id)
+    built.add_callback(watch(clock))
     built.train()
+
+
+def read_task(folder: Path) -> tuple[dict[str, Any], list[Encoded]]:
+    """What a contender finds in its folder: the task and the examples."""
+    lines = (folder / "examples.jsonl").read_text().splitlines()
+    return json.loads((folder / "task.json").read_text()), [Encoded(**json.loads(line)) for line in lines]
 
 
 def main() -> None:
@@ -210,11 +225,9 @@ def main() -> None:
     import torch
 
     name, folder = sys.argv[1], Path(sys.argv[2])
-    task = json.loads((folder / "task.json").read_text())
+    task, examples = read_task(folder)
     torch.set_num_threads(task["threads"])
     torch.manual_seed(0)
-    lines = (folder / "examples.jsonl").read_text().splitlines()
-    examples = [Encoded(**json.loads(line)) for line in lines]
     clock = Clock()
     run: dict[str, Callable[[], None]] = {
         OURS: lambda: ours(task, examples, clock),

@@ -1,0 +1,1 @@
+"""Peers that want an environment of their own."""
