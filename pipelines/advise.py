@@ -16,7 +16,7 @@ from components.shared import sources
 from components.shared.errors import TuneyardError
 from components.shared.store import Store
 from components.train.config import TrainConfig
-from pipelines import sizing, smaller
+from pipelines import footprints, sizing, smaller
 from pipelines.embedded.preflight import available_memory_gib
 from pipelines.smaller import gib
 from pipelines.spec import PipelineSpec
@@ -147,12 +147,18 @@ def advise(
         base = base_of(spec.train, store, Path(scratch))
         rows, counted = examples_to_size(spec, store, Path(scratch) / "corpus")
         needs, peak, others = _in_memory(spec, base, rows, limit, gpu)
+        after, unfit = _after_train(spec, needs, base, rows, target, available_gib)
     count = counted if examples is None else examples
     return {
         "pipeline": spec.name,
-        "memory": _memory(spec, needs, peak, base)
+        "memory": {
+            "train_gib": gib(peak),
+            "train_between_updates_gib": gib(needs.held_bytes),
+            **{f"{stage}_gib": gib(count) for stage, count in after.items()},
+        }
         | {"limit_gib": round(limit, 2), "limit_is": of, "fits": peak <= limit * 2**30},
         "settings_that_fit": others,
+        "stages_that_do_not_fit": unfit,
         "run": _run(spec.train, needs, count, gpu, dollars_per_hour),
         "storage_gib": _storage(spec, needs, base, count),
         "weights": {"total": needs.total_weights, "moving": needs.moving_weights},
@@ -199,22 +205,27 @@ def _peak(spec: PipelineSpec, base: Base, gpu: str, needs: Any) -> int:
 
 _ESTIMATES = [
     "memory.train_gib with --gpu and hardware.sharding: the dry run of one process, divided; nothing was run",
-    "memory.evaluate_gib and memory.compress_gib: whole copies of the model, nothing was run",
+    "memory of evaluate and compress: copies of the model for objectives other than sft and classification",
     "run.seconds and run.dollars: arithmetic over a stated efficiency; early stopping may end it sooner",
     "storage_gib: every example taken for 1 KiB, half again for what is beside",
     "anything of a GPU: nothing of it was measured on one",
 ]
 
 
-def _memory(spec: PipelineSpec, needs: Any, peak: int, base: Base) -> dict[str, Any]:
-    """Peak of train by dry run; of the two other stages that load the model, by its copies."""
-    host, whole = needs.host_bytes, needs.total_weights
-    found = {"train_gib": gib(peak), "train_between_updates_gib": gib(needs.held_bytes)}
-    # Base and tuned are judged one after the other; the file of each is mapped while it is read.
-    found["evaluate_gib"] = gib(host + 4 * whole + base.file_bytes)
-    if spec.compress is not None:
-        found["compress_gib"] = gib(host + 2 * 4 * whole + base.file_bytes)
-    return found
+def _after_train(
+    spec: PipelineSpec,
+    needs: Any,
+    base: Base,
+    rows: Sequence[Mapping[str, Any]],
+    target: str,
+    available_gib: float | None,
+) -> tuple[dict[str, int], list[dict[str, Any]]]:
+    """Peak bytes of the later stages that load the model, and which of them do not fit."""
+    given = needs, base.folder, base.file_bytes, rows
+    peaks = footprints.of_stages(spec, *given)
+    machine = available_gib or available_memory_gib()
+    limits = {stage: footprints.limit_gib(spec, stage, target, machine) for stage in peaks}
+    return peaks, footprints.unfit(spec, peaks, limits, footprints.smaller_batches(spec, *given))
 
 
 def _storage(spec: PipelineSpec, needs: Any, base: Base, examples: int) -> float:

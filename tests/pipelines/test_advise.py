@@ -11,7 +11,7 @@ import pytest
 from components.shared import jsonl
 from components.shared.errors import UsageError
 from components.train.config import TrainConfig
-from pipelines import advise, fits, sizing, smaller
+from pipelines import advise, fits, footprints, sizing, smaller
 from pipelines.spec import load
 
 
@@ -187,3 +187,42 @@ def test_trials_at_a_time_share_the_memory_each_at_its_largest():
         said = smaller.in_turn(config, [], Path(), 0, 3.0, lambda needs: 0)
     # What the search varies is not for the file to set.
     assert [way["set"] for way in said] == ["train.adapter=qlora train.search.parallel=1"]
+
+
+def test_a_later_stage_that_does_not_fit_is_refused_with_what_would(pipeline):
+    gib = 2**30
+    ways = iter(
+        [("evaluate.per_device_batch_size=16", 5 * gib), ("evaluate.per_device_batch_size=8", 3 * gib)]
+    )
+    peaks, limits = {"evaluate": 6 * gib, "compress": 5 * gib}, {"evaluate": 4.0, "compress": 4.0}
+    found = footprints.unfit(pipeline, peaks, limits, ways)
+    assert [each["stage"] for each in found] == ["evaluate", "compress"]
+    said = {
+        "memory": {"fits": True, "limit_is": "this machine has available"},
+        "stages_that_do_not_fit": found,
+    }
+    assert "evaluate will need 6.0 GiB of memory, it has 4.0" in fits.unfit(said)
+    assert "train" not in fits.unfit(said)
+    would = fits.what_would(said)
+    assert "evaluate.per_device_batch_size=8 (3.0 GiB)" in would and "drop `compress:`" in would
+    assert footprints.unfit(pipeline, peaks, {"evaluate": 6.0, "compress": 6.0}, iter(())) == []
+
+
+def test_what_was_not_held_against_a_process_is_not_refused(pipeline):
+    other = pipeline.model_copy(update={"train": settings().model_copy(update={"objective": _Named("dpo")})})
+    assert footprints.unfit(other, {"evaluate": 2**50}, {"evaluate": 1.0}, iter(())) == []
+
+
+class _Named(SimpleNamespace):
+    def __init__(self, kind):
+        super().__init__(kind=kind)
+
+
+def test_the_bound_on_train_covers_the_batches_of_evaluate(pipeline):
+    wide = pipeline.evaluate.model_copy(update={"per_device_batch_size": 64})
+    assert fits._widest(pipeline.model_copy(update={"evaluate": wide})).per_device_batch_size == 64
+    # 4,096 tokens are read at once, whatever the batches are.
+    narrow = pipeline.evaluate.model_copy(update={"per_device_batch_size": 1})
+    small = pipeline.train.model_copy(update={"per_device_batch_size": 1})
+    spec = pipeline.model_copy(update={"evaluate": narrow, "train": small})
+    assert fits._widest(spec).per_device_batch_size == 4096 // spec.train.max_length
