@@ -9,8 +9,10 @@ from typing import Any
 from pipelines.smaller import gib
 from pipelines.spec import PipelineSpec
 
-# Objectives whose models these predictions were held against; of others evaluate is an estimate by copies.
+# Objectives whose models these predictions were made for; of others evaluate is an estimate by copies.
 _KNOWN = ("sft", "classification")
+# What was within a tenth of several processes (docs/figures.md); an estimate refuses nobody.
+_REFUSED = ("compress",)
 
 
 def known(spec: PipelineSpec) -> bool:
@@ -39,7 +41,7 @@ def of_stages(
 def _evaluate(
     spec: PipelineSpec, needs: Any, folder: Path, file_bytes: int, rows: Sequence[Mapping[str, Any]]
 ) -> int:
-    from components.evaluate import footprint
+    from components.evaluate import baselines, footprint
     from components.shared import causal
 
     if not known(spec):
@@ -51,7 +53,8 @@ def _evaluate(
     if spec.train.objective.kind == "classification":
         labels = len({row["label"] for row in rows})
         texts = [row["text"] for row in tests]
-        return footprint.of_classifier(spec.evaluate, folder, texts, labels, spec.train.max_length)
+        probed = min(baselines.PROBE_EXAMPLES, len(rows) - len(tests))
+        return footprint.of_classifier(spec.evaluate, folder, texts, labels, spec.train.max_length, probed)
     fast = causal.preferred_precision("auto")
     # What is stored in float32 is judged in float32: a base of float32, or one that moved as a whole.
     whole = file_bytes >= 4 * int(needs.body_weights) or not spec.train.adapter.frozen
@@ -113,7 +116,7 @@ def unfit(
     """
     found = []
     for stage, peak in peaks.items():
-        if not known(spec) or peak <= limits_gib[stage] * 2**30:
+        if not known(spec) or stage not in _REFUSED or peak <= limits_gib[stage] * 2**30:
             continue
         fitting = [
             {"set": said, "peak_gib": gib(other)}

@@ -77,7 +77,8 @@ def _show(said: dict[str, Any]) -> None:
     table.add_row(f"time on {run['on']} (estimate)", _duration(run["seconds"]))
     if "dollars" in run:
         table.add_row("cost of train (estimate)", f"${run['dollars']:,.2f}")
-    table.add_row("disk (estimate)", f"{said['storage_gib']} GiB")
+    table.add_row("left in the store", f"{said['storage_gib']} GiB")
+    table.add_row("checkpoints while it trains", f"{said['checkpoints_gib']} GiB")
     table.add_row(
         "one GPU that holds it (estimate)", ", ".join(said["gpus_that_fit"]) or "none of those known"
     )

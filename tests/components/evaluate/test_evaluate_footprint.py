@@ -14,7 +14,7 @@ from tests.live import Counted
 @pytest.fixture
 def bare(monkeypatch):
     """Tensors alone: no libraries, no slack."""
-    for name in ("CAUSAL_HOST_BYTES", "ENCODER_HOST_BYTES", "SLACK"):
+    for name in ("CAUSAL_HOST_BYTES", "ENCODER_HOST_BYTES", "SLACK", "LEFT_BY_BATCH"):
         monkeypatch.setattr(footprint, name, 0)
 
 
@@ -53,14 +53,13 @@ def test_a_file_of_another_precision_is_in_memory_beside_the_model(tiny_causal, 
 def test_more_prompts_at_a_time_and_longer_answers_need_more(tiny_causal, bare, monkeypatch):
     monkeypatch.setattr(sitting, "BATCH_TOKENS", 1)  # the losses are not what is looked at here
 
-    def needs(**settings):
-        return footprint.of_causal(EvaluateConfig(**settings), tiny_causal, asked(16, 20), 0, "float32")
+    def needs(words, prompts, tokens):
+        config = EvaluateConfig(per_device_batch_size=prompts, max_new_tokens=tokens)
+        return footprint.of_causal(config, tiny_causal, asked(16, words), 0, "float32")
 
-    one = needs(per_device_batch_size=2, max_new_tokens=2)
-    assert needs(per_device_batch_size=16, max_new_tokens=2) > one
-    assert needs(per_device_batch_size=16, max_new_tokens=100) > needs(
-        per_device_batch_size=16, max_new_tokens=2
-    )
+    assert needs(20, 16, 2) > needs(20, 2, 2)
+    # Of short prompts the keys and values of the answers are most of it.
+    assert needs(1, 16, 200) > needs(1, 16, 2)
 
 
 def test_a_dry_classifier_holds_what_a_real_one_does(tiny_encoder, bare, monkeypatch):
