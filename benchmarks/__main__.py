@@ -8,7 +8,16 @@ import json
 import sys
 from pathlib import Path
 
-NAMES = ("train", "tokenise", "footprint", "search", "line_sft_legal", "line_classify_finance", "artifacts")
+NAMES = (
+    "train",
+    "kill",
+    "tokenise",
+    "footprint",
+    "search",
+    "line_sft_legal",
+    "line_classify_finance",
+    "artifacts",
+)
 RESULTS = Path(__file__).parent / "results"
 
 

@@ -40,7 +40,7 @@ def _name(chosen: Mapping[str, Any]) -> str:
     return json.dumps(dict(sorted(chosen.items())))
 
 
-def _base(folder: Path) -> list[str]:
+def base_model(folder: Path) -> list[str]:
     """A random model and a tokenizer of the manual in `folder`. Returns its texts."""
     from pydoc_data import topics
 
@@ -94,7 +94,7 @@ def _curve(folder: Path, texts: list[str], chosen: Mapping[str, Any]) -> list[tu
 
 
 def _curves(folder: Path) -> Curves:
-    texts = _base(folder)
+    texts = base_model(folder)
     found: Curves = {}
     for values in itertools.product(*GRID.values()):
         chosen = dict(zip(GRID, values, strict=True))

@@ -45,13 +45,14 @@ class Clock:
         self.rows.append({"tokens": self._tokens, "seconds": time.perf_counter() - self._began})
 
 
-def _lora(task: dict[str, Any]) -> Any:
+def lora(rank: int, dropout: float = 0.0) -> Any:
+    """PEFT's settings of LoRA on all linear layers, alpha twice the rank as it is with us."""
     from peft import LoraConfig
 
     return LoraConfig(
-        r=task["rank"],
-        lora_alpha=2 * task["rank"],
-        lora_dropout=0.0,
+        r=rank,
+        lora_alpha=2 * rank,
+        lora_dropout=dropout,
         target_modules="all-linear",
         task_type="CAUSAL_LM",
     )
@@ -123,14 +124,16 @@ def _watched(clock: Clock, model: Any, pad_id: int) -> Any:
     return Watch()
 
 
-def _rows(examples: Sequence[Encoded]) -> list[dict[str, list[int]]]:
+def rows(examples: Sequence[Encoded]) -> list[dict[str, list[int]]]:
+    """The examples as a Trainer takes them: the loss is on answers alone."""
     return [
         {"input_ids": [*e.prompt, *e.answer], "labels": [*[-100] * len(e.prompt), *e.answer]}
         for e in examples
     ]
 
 
-def _arguments(task: dict[str, Any], folder: Path) -> dict[str, Any]:
+def arguments(task: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Of a Trainer that computes on the CPU and tells nobody."""
     return {
         "output_dir": str(folder / "output"),
         "per_device_train_batch_size": task["per_device_batch_size"],
@@ -159,13 +162,13 @@ def trainer(
 
     tokenizer = AutoTokenizer.from_pretrained(task["model"])
     model = get_peft_model(
-        AutoModelForCausalLM.from_pretrained(task["model"], dtype=torch.float32), _lora(task)
+        AutoModelForCausalLM.from_pretrained(task["model"], dtype=torch.float32), lora(task["rank"])
     )
     better = {"bf16": True, "train_sampling_strategy": "group_by_length"} if grouped else {}
     Trainer(
         model=model,
-        args=TrainingArguments(**_arguments(task, folder), **better),
-        train_dataset=datasets.Dataset.from_list(_rows(examples)),
+        args=TrainingArguments(**arguments(task, folder), **better),
+        train_dataset=datasets.Dataset.from_list(rows(examples)),
         data_collator=DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=-100),
         callbacks=[_watched(clock, model, tokenizer.pad_token_id)],
     ).train()
@@ -180,23 +183,23 @@ def trl(task: dict[str, Any], examples: Sequence[Encoded], clock: Clock, folder:
 
     tokenizer = AutoTokenizer.from_pretrained(task["model"])
     model = AutoModelForCausalLM.from_pretrained(task["model"], dtype=torch.bfloat16)
-    arguments = _arguments(task, folder) | {"bf16": True, "max_length": task["max_length"]}
+    given = arguments(task, folder) | {"bf16": True, "max_length": task["max_length"]}
     if packed:
         mean = sum(map(len, examples)) / len(examples)
         wanted = mean * task["per_device_batch_size"] * task["gradient_accumulation_steps"]
-        arguments |= {
+        given |= {
             "packing": True,
             "per_device_train_batch_size": 1,
             "gradient_accumulation_steps": max(1, round(wanted / task["max_length"])),
         }
     else:
-        arguments |= {"train_sampling_strategy": "group_by_length"}
+        given |= {"train_sampling_strategy": "group_by_length"}
     built = SFTTrainer(
         model=model,
-        args=SFTConfig(**arguments),
-        train_dataset=datasets.Dataset.from_list(_rows(examples)),
+        args=SFTConfig(**given),
+        train_dataset=datasets.Dataset.from_list(rows(examples)),
         processing_class=tokenizer,
-        peft_config=_lora(task),
+        peft_config=lora(task["rank"]),
     )
     built.add_callback(_watched(clock, built.model, tokenizer.pad_token_id))
     built.train()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from components.shared.errors import UsageError
 from pipelines import graph
 from pipelines.images import lock
 from pipelines.images.lock import Image
@@ -26,8 +27,13 @@ def compile_pipeline(
         The file that was written.
 
     Raises:
-        SpecError, UsageError: the pipeline file, or the lock of images, is wrong or missing.
+        SpecError, UsageError: the pipeline file, or the lock of images, is wrong or missing; or the output
+            is no .yaml, which KFP takes for another format.
     """
+    if output is not None and output.suffix not in (".yaml", ".yml"):
+        raise UsageError(
+            f"--output {output} does not end in .yaml", "name a .yaml: Kubeflow Pipelines takes that"
+        )
     pipeline = load(spec, overrides)
     path = output or Path("build") / f"{pipeline.name}.yaml"
     write(pipeline, lock.read(images), {}, path)

@@ -178,6 +178,10 @@ class Classifier:
         try:
             verdicts = self._verdicts(jobs)
         except Exception as error:  # the worker must live on for the next requests
+            if len(jobs) > 1:  # it is the failure of one of them, and no matter of its neighbours
+                for job in jobs:
+                    self._answer([job])
+                return
             log.exception("%s: classifying failed", self.identity)
             verdicts = [Verdicts(error=error)] * len(jobs)
         _send_all(jobs, verdicts)

@@ -43,6 +43,17 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.server)
 
 
+def pytest_sessionfinish(session, exitstatus):
+    """Of an interrupted run, stop what its workers started: they are ended without their fixtures."""
+    config = session.config
+    if exitstatus != pytest.ExitCode.INTERRUPTED or not config.getoption("numprocesses", None):
+        return
+    from pipelines.embedded import platform
+
+    for started in config._tmp_path_factory.getbasetemp().rglob("supervisord.conf"):
+        platform.down(started.parent)
+
+
 @pytest.fixture(autouse=True)
 def no_network(request, monkeypatch):
     """A test that is not marked for it connects to nothing, not even on this machine."""

@@ -352,6 +352,11 @@ def test_a_wrong_wish_is_refused_with_its_place(override, says):
     assert says in str(refused.value)
 
 
+def test_an_output_that_kubeflow_would_not_take_is_refused(tmp_path):
+    with pytest.raises(UsageError, match=r"five\.ir does not end in \.yaml\n.*name a \.yaml"):
+        compiling.compile_pipeline("sft_legal", tmp_path / "five.ir", images=IMAGES)
+
+
 def test_a_lock_of_images_with_faults_is_refused_whole(tmp_path):
     path = tmp_path / "images.json"
     with pytest.raises(UsageError, match="make images"):

@@ -35,7 +35,7 @@ ROWS = [
 
 def made_of(tiny_encoder, **changes):
     settings = MultiTaskObjective.model_validate({"kind": "multi-task", "tasks": TASKS} | changes)
-    torch.manual_seed(0)
+    torch.manual_seed(1)  # heads whose gradients are in conflict, which the test of surgery needs
     return MultiTask(tiny_encoder, settings, heads_of(ROWS, settings), 1e-3, 0.0)
 
 
