@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import tempfile
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -16,7 +17,7 @@ from components.shared import sources
 from components.shared.errors import TuneyardError
 from components.shared.store import Store
 from components.train.config import TrainConfig
-from pipelines import sizing, smaller
+from pipelines import footprints, sizing, smaller, storage
 from pipelines.embedded.preflight import available_memory_gib
 from pipelines.smaller import gib
 from pipelines.spec import PipelineSpec
@@ -80,8 +81,10 @@ def base_of(config: TrainConfig, store: Store, scratch: Path) -> Base:
     return Base(scratch, weights)
 
 
-def examples_to_size(spec: PipelineSpec, store: Store, scratch: Path) -> tuple[list[dict[str, Any]], int]:
-    """Some thousand examples of the corpus, and how many of all will be trained on.
+def examples_to_size(
+    spec: PipelineSpec, store: Store, scratch: Path
+) -> tuple[list[dict[str, Any]], int, int]:
+    """Some thousand examples of the corpus, how many will be trained on, and how many there are with test's.
 
     Args:
         spec: the pipeline.
@@ -91,13 +94,23 @@ def examples_to_size(spec: PipelineSpec, store: Store, scratch: Path) -> tuple[l
     Raises:
         TuneyardError: the corpus cannot be read.
     """
-    found = (row for row in examples_of(spec.ingest, store, scratch) if row["origin"]["part"] == "main")
+    parts: Counter[str] = Counter()
+    found = (row for row in examples_of(spec.ingest, store, scratch) if _counted(row, parts))
     rows = [{**row, "id": str(number)} for number, row in enumerate(itertools.islice(found, _READ))]
     if not rows:
         raise TuneyardError(
             f"{spec.ingest.source}: no row of it is an example", "map its columns with ingest.columns"
         )
-    return rows, round((len(rows) + sum(1 for _ in found)) * _train_share(spec))
+    for _ in found:
+        pass
+    return rows, round(parts["main"] * _train_share(spec)), parts.total()
+
+
+def _counted(row: Mapping[str, Any], parts: Counter[str]) -> bool:
+    """Count a row; whether it is of the corpus itself, not of a test split beside it."""
+    part = row["origin"]["part"]
+    parts[part] += 1
+    return bool(part == "main")
 
 
 def _train_share(spec: PipelineSpec) -> float:
@@ -145,21 +158,32 @@ def advise(
     limit, of = limit_gib(spec, gpu, target, available_gib)
     with tempfile.TemporaryDirectory(prefix="tuneyard-advise-") as scratch:
         base = base_of(spec.train, store, Path(scratch))
-        rows, counted = examples_to_size(spec, store, Path(scratch) / "corpus")
+        rows, counted, in_all = examples_to_size(spec, store, Path(scratch) / "corpus")
         needs, peak, others = _in_memory(spec, base, rows, limit, gpu)
-    count = counted if examples is None else examples
+        after, unfit = _after_train(spec, needs, base, rows, target, available_gib)
+        count = counted if examples is None else examples
+        left = _left(spec, needs, base, rows, count, in_all * count / max(1, counted))
     return {
         "pipeline": spec.name,
-        "memory": _memory(spec, needs, peak, base)
+        "memory": _memory(needs, peak, after)
         | {"limit_gib": round(limit, 2), "limit_is": of, "fits": peak <= limit * 2**30},
         "settings_that_fit": others,
+        "stages_that_do_not_fit": unfit,
         "run": _run(spec.train, needs, count, gpu, dollars_per_hour),
-        "storage_gib": _storage(spec, needs, base, count),
+        "storage_gib": gib(sum(left.values())),
+        "storage_bytes": left,
+        "checkpoints_gib": gib(_checkpoints(spec, needs)),
         "weights": {"total": needs.total_weights, "moving": needs.moving_weights},
         "remarks": sizing.remarks(spec.train, count, needs.total_weights),
         "gpus_that_fit": list(sizing.fitting_gpus(needs.peak_bytes * sizing.at_once(spec.train))),
         "estimates": _ESTIMATES,
     }
+
+
+def _memory(needs: Any, peak: int, after: Mapping[str, int]) -> dict[str, float]:
+    """What each stage that loads the model needs."""
+    found = {"train_gib": gib(peak), "train_between_updates_gib": gib(needs.held_bytes)}
+    return found | {f"{stage}_gib": gib(count) for stage, count in after.items()}
 
 
 def _in_memory(
@@ -199,30 +223,41 @@ def _peak(spec: PipelineSpec, base: Base, gpu: str, needs: Any) -> int:
 
 _ESTIMATES = [
     "memory.train_gib with --gpu and hardware.sharding: the dry run of one process, divided; nothing was run",
-    "memory.evaluate_gib and memory.compress_gib: whole copies of the model, nothing was run",
+    "memory.evaluate_gib: beyond the processes of docs/figures.md; other objectives than sft: by copies",
     "run.seconds and run.dollars: arithmetic over a stated efficiency; early stopping may end it sooner",
-    "storage_gib: every example taken for 1 KiB, half again for what is beside",
+    "checkpoints_gib: on train's node and, while it goes on, in the store: by their tensors",
     "anything of a GPU: nothing of it was measured on one",
 ]
 
 
-def _memory(spec: PipelineSpec, needs: Any, peak: int, base: Base) -> dict[str, Any]:
-    """Peak of train by dry run; of the two other stages that load the model, by its copies."""
-    host, whole = needs.host_bytes, needs.total_weights
-    found = {"train_gib": gib(peak), "train_between_updates_gib": gib(needs.held_bytes)}
-    # Base and tuned are judged one after the other; the file of each is mapped while it is read.
-    found["evaluate_gib"] = gib(host + 4 * whole + base.file_bytes)
-    if spec.compress is not None:
-        found["compress_gib"] = gib(host + 2 * 4 * whole + base.file_bytes)
-    return found
+def _after_train(
+    spec: PipelineSpec,
+    needs: Any,
+    base: Base,
+    rows: Sequence[Mapping[str, Any]],
+    target: str,
+    available_gib: float | None,
+) -> tuple[dict[str, int], list[dict[str, Any]]]:
+    """Peak bytes of the later stages that load the model, and which of them do not fit."""
+    given = needs, base.folder, base.file_bytes, rows
+    peaks = footprints.of_stages(spec, *given)
+    machine = available_gib or available_memory_gib()
+    limits = {stage: footprints.limit_gib(spec, stage, target, machine) for stage in peaks}
+    return peaks, footprints.unfit(spec, peaks, limits, footprints.smaller_batches(spec, *given))
 
 
-def _storage(spec: PipelineSpec, needs: Any, base: Base, examples: int) -> float:
-    corpus = round(examples / _train_share(spec))
-    checkpoints = (spec.train.keep_checkpoints + 1) * sizing.at_once(spec.train) - 1
-    return gib(
-        sizing.storage_bytes(needs.total_weights, needs.moving_weights, base.file_bytes, corpus, checkpoints)
-    )
+def _left(
+    spec: PipelineSpec, needs: Any, base: Base, rows: Sequence[Mapping[str, Any]], train: int, whole: float
+) -> dict[str, int]:
+    """What a run leaves in the store, of a corpus of `whole` examples, so many of them in train."""
+    test = 1 - train / _train_share(spec) / whole if spec.split.test_source else spec.split.ratios[2]
+    return storage.left_bytes(spec, needs, base.folder, base.file_bytes, rows, round(whole), test)
+
+
+def _checkpoints(spec: PipelineSpec, needs: Any) -> int:
+    """Bytes of all that exist at once; one more than are kept while it is written."""
+    count = (spec.train.keep_checkpoints + 1) * sizing.at_once(spec.train)
+    return sizing.checkpoint_bytes(needs.moving_weights, count)
 
 
 def _run(

@@ -1,4 +1,4 @@
-"""A training that will not fit in this machine's memory is refused before any stage runs."""
+"""A pipeline whose stages will not fit in this machine's memory is refused before any of them runs."""
 
 from __future__ import annotations
 
@@ -7,12 +7,13 @@ import logging
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from components.shared.errors import TuneyardError, UsageError
 from components.shared.store import Store
+from components.train.config import TrainConfig
 from pipelines import advise, sizing
 from pipelines.embedded.preflight import available_memory_gib
 from pipelines.spec import PipelineSpec
@@ -20,10 +21,12 @@ from pipelines.spec import PipelineSpec
 log = logging.getLogger("tuneyard.submit")
 
 _PATIENCE_SECONDS = 300
+# What evaluate reads at once, padding too (components/evaluate/sitting.py).
+_JUDGED_TOKENS = 4096
 
 
 def refuse_unfit(spec: PipelineSpec, store: Store) -> None:
-    """Refuse a training that will not fit in this machine's memory, before any stage runs.
+    """Refuse a pipeline that will not fit in this machine's memory: train, evaluate or compress.
 
     The dry run happens in a process of its own: its libraries would stay in memory beside the training.
 
@@ -36,10 +39,10 @@ def refuse_unfit(spec: PipelineSpec, store: Store) -> None:
             base = advise.base_of(spec.train, store, Path(scratch))
         except TuneyardError:
             return  # what is wrong with the base, the stage that reads it says
-        heaviest, share = sizing.heaviest(spec.train), limit * 2**30 / sizing.at_once(spec.train)
+        heaviest, share = _widest(spec), limit * 2**30 / sizing.at_once(spec.train)
         if sizing.surely_fits(heaviest, base.shape(), base.file_bytes, share):
             return
-    log.info("submit: predicting how much memory train will need")
+    log.info("submit: predicting how much memory its stages will need")
     asked = json.dumps({"spec": spec.resolved(), "available_gib": limit})
     command = [sys.executable, "-m", "pipelines.fits"]
     try:
@@ -48,34 +51,57 @@ def refuse_unfit(spec: PipelineSpec, store: Store) -> None:
         )
         said = json.loads(done.stdout.splitlines()[-1]) if done.returncode == 0 else {}
     except (subprocess.TimeoutExpired, ValueError, IndexError) as error:
-        log.warning("submit: the memory of train could not be predicted (%s)", type(error).__name__)
+        log.warning("submit: the memory of its stages could not be predicted (%s)", type(error).__name__)
         return
     if done.returncode:
         last = done.stderr.strip().splitlines()[-1:] or ["it said nothing"]
-        log.warning("submit: the memory of train could not be predicted: %s", last[0])
+        log.warning("submit: the memory of its stages could not be predicted: %s", last[0])
         return
     memory = said["memory"]
-    if memory["fits"]:
-        log.info("submit: train will need %.1f GiB, there are %.1f", memory["train_gib"], memory["limit_gib"])
-        return
-    raise UsageError(unfit(said), what_would(said))
+    if not memory["fits"] or said["stages_that_do_not_fit"]:
+        raise UsageError(unfit(said), what_would(said))
+    log.info("submit: train will need %.1f GiB, there are %.1f", memory["train_gib"], memory["limit_gib"])
+
+
+def _widest(spec: PipelineSpec) -> TrainConfig:
+    """The training with a batch as large as any that evaluate makes: whatever bounds it bounds evaluate."""
+    heaviest = sizing.heaviest(spec.train)
+    judged = max(spec.evaluate.per_device_batch_size, -(-_JUDGED_TOKENS // heaviest.max_length))
+    size = max(heaviest.per_device_batch_size, judged)
+    return heaviest.model_copy(update={"per_device_batch_size": size})
 
 
 def unfit(said: Mapping[str, Any]) -> str:
-    """One sentence on a training that does not fit."""
+    """One sentence on what does not fit."""
     memory = said["memory"]
-    return (
-        f"train will need {memory['train_gib']} GiB of memory; {memory['limit_is']}: "
-        f"{memory['limit_gib']} GiB (nothing has started)"
+    found = [] if memory["fits"] else [("train", memory["train_gib"], memory["limit_gib"])]
+    found += [
+        (each["stage"], each["needs_gib"], each["limit_gib"]) for each in said["stages_that_do_not_fit"]
+    ]
+    listed = "; ".join(
+        f"{stage} will need {needs} GiB of memory, it has {has}" for stage, needs, has in found
     )
+    return f"{listed} ({memory['limit_is']}; nothing has started)"
 
 
 def what_would(said: Mapping[str, Any]) -> str:
-    """The settings that would fit, as `--set` takes them."""
-    ways = [f"{way['set']} ({way['peak_gib']} GiB)" for way in said["settings_that_fit"]]
-    if ways:
-        return f"what would fit: {'; or '.join(ways)}"
-    return "no smaller batch, gradient_checkpointing, lora or qlora fits: try a smaller base_model"
+    """The settings that would fit, as `--set` takes them, stage by stage."""
+    found = []
+    if not said["memory"]["fits"]:
+        ways = _listed(said["settings_that_fit"])
+        found.append(
+            ways or "no smaller batch, gradient_checkpointing, lora or qlora fits: try a smaller base_model"
+        )
+    for each in said["stages_that_do_not_fit"]:
+        ways = _listed(each["settings_that_fit"])
+        drop = " or drop `compress:`" if each["stage"] == "compress" else ""
+        found.append(ways or f"no setting of {each['stage']} fits: try a smaller base_model{drop}")
+    return "; ".join(found)
+
+
+def _listed(ways: Sequence[Mapping[str, Any]]) -> str:
+    listed = [f"{way['set']} ({way['peak_gib']} GiB)" for way in ways]
+    return f"what would fit: {'; or '.join(listed)}" if listed else ""
 
 
 def main() -> None:

@@ -134,24 +134,9 @@ def work(
     return Work(steps, tokens, each * (update * tokens + 2 * judged))
 
 
-def storage_bytes(
-    total_weights: int, moving_weights: int, base_bytes: int, examples: int, checkpoints: int
-) -> int:
-    """Disk for the base, what comes out of train and compress, checkpoints, corpus; half again for the rest.
-
-    A checkpoint holds weights that move, two moments and the best weights, in float32; one more than are kept
-    exists while it is written. An example is taken for 1 KiB, and is stored by three stages.
-
-    Args:
-        total_weights: of the model, not in billions.
-        moving_weights: those that are trained.
-        base_bytes: of the base's files.
-        examples: of the corpus.
-        checkpoints: that are kept.
-    """
-    models = base_bytes + 2 * 4 * total_weights
-    kept = (checkpoints + 1) * 4 * 4 * moving_weights
-    return round(1.5 * (models + kept + 3 * 1024 * examples))
+def checkpoint_bytes(moving_weights: int, count: int) -> int:
+    """Disk for checkpoints: weights that move, two moments and the best weights, in float32."""
+    return 4 * 4 * moving_weights * count
 
 
 def remarks(config: TrainConfig, examples: int, total_weights: int) -> list[str]:

@@ -12,7 +12,7 @@ from typing import Any
 
 from components.compress import probes, proof
 from components.compress.proof import Proof, Reference
-from components.shared import causal, chat, nf4
+from components.shared import causal, chat, clock, nf4
 from components.shared.errors import TuneyardError
 from components.shared.modelcard import NAME, ModelCard
 from components.shared.store import Store
@@ -86,6 +86,7 @@ def settle_storage(model: Any, dtype: Any, reference: Reference, bound: float) -
     exact = {key: weights[key].data for key in reference.tuned & weights.keys()}
     for key, value in exact.items():
         weights[key].data = value.to(dtype).float()
+    clock.give_back_memory()
     found = proof.faults(proof.measure(model, reference, proof.digests(model), name), bound)
     for key, weight in weights.items():
         weight.data = exact[key] if found and key in exact else weight.data.to(dtype)
@@ -138,10 +139,12 @@ def merge_adapter(folder: Path, target: Path, store: Store, bound: float) -> Pro
         tuned = tuned_tensors(file.keys()) | scaled_biases(adapted)
     reference = Reference(sequences, base_logits, proof.logits(adapted, sequences), base_digests, tuned)
     merged = _merged(adapted, folder)
+    clock.give_back_memory()
     storage = settle_storage(merged, stored_dtype(card.base_model.folder(store)), reference, bound)
     written = proof.digests(merged)
     save(merged, folder, target, card)
     del base, adapted, merged  # the reloaded model needs the room
+    clock.give_back_memory()
     exported, _, _ = causal.load(target, store, "float32")
     found = proof.measure(exported, reference, written, storage)
     proof.insist(found, bound, str(folder))
@@ -183,12 +186,14 @@ def copy_full(folder: Path, target: Path, store: Store, bound: float) -> Proof:
     tuned_logits, tuned_digests = proof.logits(tuned, sequences), proof.digests(tuned)
     storage = str(stored_dtype(folder)).removeprefix("torch.")
     del tuned
+    clock.give_back_memory()
     base = causal.load_base(card, store, "float32")
     base_digests = proof.digests(base)
     # Every weight could move, but not each must (a rarely used embedding may have had no gradient).
     moved = proof.differing(tuned_digests, base_digests)
     reference = Reference(sequences, proof.logits(base, sequences), tuned_logits, base_digests, moved)
     del base
+    clock.give_back_memory()
     shutil.copytree(folder, target)
     exported, _, _ = causal.load(target, store, "float32")
     found = proof.measure(exported, reference, tuned_digests, storage)

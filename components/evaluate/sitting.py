@@ -20,7 +20,7 @@ from components.shared.stage import Artifact, Context
 
 _LONGEST_DEFAULT_ANSWER_TOKENS = 512
 # Padded tokens of one forward pass over answers that are given.
-_BATCH_TOKENS = 4096
+BATCH_TOKENS = 4096
 
 
 @dataclass(frozen=True)
@@ -221,7 +221,7 @@ def prepare(
 
 def loss_batches(encoded: Sequence[Encoded], share: Share) -> list[list[int]]:
     """Which examples are read together in a share."""
-    return share.take(list(causal.by_length([len(each) for each in encoded], _BATCH_TOKENS)))
+    return share.take(list(causal.by_length([len(each) for each in encoded], BATCH_TOKENS)))
 
 
 def _answer_batches(exam: Exam, share: Share) -> list[list[int]]:
@@ -236,7 +236,7 @@ def losses(
     progress = Progress(share.label(f"{name}: loss"), sum(map(len, batches)), "examples")
     nats: list[float] = []
     for batch in batches:
-        nats += kind.nats(model, [encoded[i] for i in batch], _BATCH_TOKENS, progress.advance)
+        nats += kind.nats(model, [encoded[i] for i in batch], BATCH_TOKENS, progress.advance)
     return rows(f"{name}/nats", [index for batch in batches for index in batch], nats)
 
 

@@ -73,7 +73,7 @@ def generate(
     return [answers[index] for index in range(len(prompts))]
 
 
-def _left_padded(prompts: Sequence[Sequence[int]], device: Any) -> tuple[Any, Any]:
+def left_padded(prompts: Sequence[Sequence[int]], device: Any) -> tuple[Any, Any]:
     """Token ids and attention mask, [batch, longest]; padded left so that all answers start together."""
     import torch
 
@@ -84,23 +84,29 @@ def _left_padded(prompts: Sequence[Sequence[int]], device: Any) -> tuple[Any, An
     return ids, mask
 
 
-def _choose(model: Any, ids: Any, mask: Any, cache: Any, temperature: float) -> list[int]:
-    """The next token of each row, after reading `ids` [rows, new tokens] on top of the cache."""
-    import torch
-
+def next_logits(model: Any, ids: Any, mask: Any, cache: Any) -> Any:
+    """Logits [rows, vocabulary], before any cap, after reading `ids` [rows, new tokens] on the cache."""
     # Not model(logits_to_keep=1): that projects a strided slice, and with frozen weights (any PEFT model)
     # PyTorch then copies the vocabulary matrix once for each row: 5 GiB at 16 rows of Gemma 3 270M.
-    body, head, cap = causal.body_and_head(model)
+    body, head, _ = causal.body_and_head(model)
     positions = (mask.cumsum(dim=1) - 1).clamp(min=0)[:, -ids.shape[1] :]
     hidden = body(
         input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
     )[0]
+    return head(hidden[:, -1].contiguous())
+
+
+def _choose(model: Any, ids: Any, mask: Any, cache: Any, temperature: float) -> list[int]:
+    """The next token of each row, after reading `ids` [rows, new tokens] on top of the cache."""
+    import torch
+
+    logits = next_logits(model, ids, mask, cache)
     if temperature:
-        logits = head(hidden[:, -1].contiguous()).float()
-        logits = torch.tanh(logits / cap) * cap if cap else logits
+        _, _, cap = causal.body_and_head(model)
+        logits = torch.tanh(logits.float() / cap) * cap if cap else logits.float()
         return torch.multinomial((logits / temperature).softmax(-1), 1)[:, 0].tolist()
     # A soft cap would not change which logit is largest. argmax of bfloat16 takes four times as long as max.
-    return head(hidden[:, -1].contiguous()).max(dim=-1).indices.tolist()
+    return logits.max(dim=-1).indices.tolist()
 
 
 def _answer_batch(
@@ -115,7 +121,7 @@ def _answer_batch(
     from transformers import DynamicCache
 
     started = time.perf_counter()
-    ids, mask = _left_padded(prompts, causal.device())
+    ids, mask = left_padded(prompts, causal.device())
     cache = DynamicCache(config=model.config)
     tokens: list[list[int]] = [[] for _ in prompts]
     answers: dict[int, Answer] = {}

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from components.shared import causal
+from components.shared.dryrun import Live, no_weights_read, shapes_only
 from components.train import checkpoint, selfcheck
 from components.train.adapters.applying import apply_adapter, weight_counts
 from components.train.config import TrainConfig
 from components.train.data import fit_lengths, schedule_batches, total_steps
-from components.train.dryrun import Live, no_weights_read, shapes_only
 from components.train.fit import eval_loss
 from components.train.objectives.base import Objective
 from components.train.objectives.opening import open_objective

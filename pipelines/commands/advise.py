@@ -46,7 +46,7 @@ def advise(
         typer.echo(json.dumps(said, indent=1, ensure_ascii=False))
         return
     _show(said)
-    if not said["memory"]["fits"]:
+    if not said["memory"]["fits"] or said["stages_that_do_not_fit"]:
         typer.echo(f"\n{fits.unfit(said)}\n  -> {fits.what_would(said)}")
 
 
@@ -70,14 +70,15 @@ def _show(said: dict[str, Any]) -> None:
     table.add_row("peak memory of train", f"{memory['train_gib']} of {memory['limit_gib']} GiB: {fits}")
     for stage in ("evaluate", "compress"):
         if f"{stage}_gib" in memory:
-            table.add_row(f"memory of {stage} (estimate)", f"{memory[f'{stage}_gib']} GiB")
+            table.add_row(f"peak memory of {stage}", f"{memory[f'{stage}_gib']} GiB")
     table.add_row("weights, of them trained", f"{weights['total']:,}, {weights['moving']:,}")
     table.add_row("examples of train", f"{run['examples']:,}")
     table.add_row("optimizer steps, tokens", f"{run['steps']:,}, {run['tokens']:,}")
     table.add_row(f"time on {run['on']} (estimate)", _duration(run["seconds"]))
     if "dollars" in run:
         table.add_row("cost of train (estimate)", f"${run['dollars']:,.2f}")
-    table.add_row("disk (estimate)", f"{said['storage_gib']} GiB")
+    table.add_row("left in the store", f"{said['storage_gib']} GiB")
+    table.add_row("checkpoints while it trains", f"{said['checkpoints_gib']} GiB")
     table.add_row(
         "one GPU that holds it (estimate)", ", ".join(said["gpus_that_fit"]) or "none of those known"
     )

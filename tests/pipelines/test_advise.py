@@ -11,7 +11,7 @@ import pytest
 from components.shared import jsonl
 from components.shared.errors import UsageError
 from components.train.config import TrainConfig
-from pipelines import advise, fits, sizing, smaller
+from pipelines import advise, fits, footprints, sizing, smaller, storage
 from pipelines.spec import load
 
 
@@ -34,10 +34,23 @@ def test_steps_and_flop_follow_the_settings():
     assert full.flop == 1200 * (6 * 10_000 + 2 * 64 * 50)
 
 
-def test_storage_counts_weights_and_not_billions_of_them():
-    # 1e9 weights in full: base 2 GB, model and compressed 4 GB each, four checkpoints of 16 GB, half again.
-    found = sizing.storage_bytes(10**9, 10**9, 2 * 10**9, 1000, 3)
-    assert found == round(1.5 * (2e9 + 8e9 + 64e9 + 3 * 1024 * 1000))
+def test_checkpoints_count_weights_and_not_billions_of_them():
+    # Weights, two moments and the best, in float32: 16 bytes for each that moves.
+    assert sizing.checkpoint_bytes(10**9, 4) == 64 * 10**9
+
+
+def test_what_a_run_leaves_is_what_its_stages_write(tmp_path):
+    """The sizes are those of a real run of classify_finance (docs/figures.md), object by object."""
+    spec = load("classify_finance")
+    (tmp_path / "tokenizer.json").write_bytes(b"x" * 711_396)
+    needs = SimpleNamespace(total_weights=22_716_296, moving_weights=22_716_296)
+    # Rows of 1,389.8 bytes as ingest writes them, of which 60 are the end of an id.
+    rows = [{"text": "x" * (1_390 - 60 - 12)}]
+    left = storage.left_bytes(spec, needs, tmp_path, 90_868_376, rows, 7_674, 2_189 / 7_674)
+    measured = {"ingest": 10_665_233, "split": 10_665_233, "evaluate": 2_165_000, "compress": 23_133_000}
+    for stage, count in measured.items():
+        assert left[stage] == pytest.approx(count, rel=0.05), stage
+    assert sum(left.values()) == pytest.approx(138_621_492, rel=0.02)
 
 
 @pytest.mark.parametrize(
@@ -187,3 +200,44 @@ def test_trials_at_a_time_share_the_memory_each_at_its_largest():
         said = smaller.in_turn(config, [], Path(), 0, 3.0, lambda needs: 0)
     # What the search varies is not for the file to set.
     assert [way["set"] for way in said] == ["train.adapter=qlora train.search.parallel=1"]
+
+
+def test_a_later_stage_that_does_not_fit_is_refused_with_what_would(pipeline):
+    gib = 2**30
+    ways = iter(
+        [("evaluate.per_device_batch_size=16", 5 * gib), ("evaluate.per_device_batch_size=8", 3 * gib)]
+    )
+    peaks, limits = {"evaluate": 6 * gib, "compress": 5 * gib}, {"evaluate": 4.0, "compress": 4.0}
+    assert [each["stage"] for each in footprints.unfit(pipeline, peaks, limits, iter(()))] == ["compress"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(footprints, "_REFUSED", ("evaluate", "compress"))
+        found = footprints.unfit(pipeline, peaks, limits, ways)
+    said = {
+        "memory": {"fits": True, "limit_is": "this machine has available"},
+        "stages_that_do_not_fit": found,
+    }
+    assert "evaluate will need 6.0 GiB of memory, it has 4.0" in fits.unfit(said)
+    assert "train" not in fits.unfit(said)
+    would = fits.what_would(said)
+    assert "evaluate.per_device_batch_size=8 (3.0 GiB)" in would and "drop `compress:`" in would
+    assert footprints.unfit(pipeline, peaks, {"evaluate": 6.0, "compress": 6.0}, iter(())) == []
+
+
+def test_what_was_not_held_against_a_process_is_not_refused(pipeline):
+    other = pipeline.model_copy(update={"train": settings().model_copy(update={"objective": _Named("dpo")})})
+    assert footprints.unfit(other, {"compress": 2**50}, {"compress": 1.0}, iter(())) == []
+
+
+class _Named(SimpleNamespace):
+    def __init__(self, kind):
+        super().__init__(kind=kind)
+
+
+def test_the_bound_on_train_covers_the_batches_of_evaluate(pipeline):
+    wide = pipeline.evaluate.model_copy(update={"per_device_batch_size": 64})
+    assert fits._widest(pipeline.model_copy(update={"evaluate": wide})).per_device_batch_size == 64
+    # 4,096 tokens are read at once, whatever the batches are.
+    narrow = pipeline.evaluate.model_copy(update={"per_device_batch_size": 1})
+    small = pipeline.train.model_copy(update={"per_device_batch_size": 1})
+    spec = pipeline.model_copy(update={"evaluate": narrow, "train": small})
+    assert fits._widest(spec).per_device_batch_size == 4096 // spec.train.max_length

@@ -33,7 +33,7 @@ CLASSES = EvaluateConfig(per_device_batch_size=16)
 @pytest.fixture(autouse=True)
 def small_batches(monkeypatch):
     """Several batches of losses too, and one precision on any processor."""
-    monkeypatch.setattr(sitting, "_BATCH_TOKENS", 128)
+    monkeypatch.setattr(sitting, "BATCH_TOKENS", 128)
     monkeypatch.setattr(causal, "preferred_precision", lambda setting: "float32")
 
 

@@ -6,21 +6,18 @@ import json
 import os
 import subprocess
 import sys
-import weakref
 from pathlib import Path
 
 import pytest
-import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten
 
 from components.shared import jsonl
+from components.shared.dryrun import no_weights_read, shapes_only
 from components.train import footprint
 from components.train.adapters.applying import apply_adapter
 from components.train.config import TrainConfig
-from components.train.dryrun import no_weights_read, shapes_only
 from components.train.objectives.opening import open_objective
 from components.train.update import gradients
+from tests.live import Counted
 
 ROOT = Path(__file__).resolve().parents[3]
 ORIGIN = {"file": "corpus.jsonl", "line": 1, "part": "main"}
@@ -39,34 +36,6 @@ def labelled(count, words):
         {"id": f"{i:03}", "origin": ORIGIN, "text": text, "label": ("up", "down")[i % 2]}
         for i in range(count)
     ]
-
-
-class Counted(TorchDispatchMode):
-    """Bytes of real storages of floating point, as they come and go."""
-
-    def __init__(self):
-        super().__init__()
-        self.bytes = self.peak = 0
-        self.known = {}
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        found = func(*args, **(kwargs or {}))
-        for tensor in tree_flatten(found)[0]:
-            if isinstance(tensor, torch.Tensor) and tensor.is_floating_point():
-                self.see(tensor)
-        return found
-
-    def see(self, tensor):
-        storage = tensor.untyped_storage()
-        at, size = storage._cdata, storage.nbytes()
-        if at not in self.known:
-            self.known[at] = weakref.finalize(storage, self.gone, at, size)
-            self.bytes += size
-            self.peak = max(self.peak, self.bytes)
-
-    def gone(self, at, size):
-        self.known.pop(at)
-        self.bytes -= size
 
 
 def working_bytes(config, folder, rows, live):
@@ -176,11 +145,11 @@ def test_peak_memory_of_a_process_is_predicted_within_a_tenth(tmp_path, tiny_tok
         eval_steps=2,
         checkpoint_steps=2,
     )
-    (tmp_path / "task.json").write_text(config.model_dump_json())
+    (tmp_path / "train.json").write_text(config.model_dump_json())
     jsonl.write(tmp_path / "train.jsonl", rows)
     jsonl.write(tmp_path / "eval.jsonl", rows[:8])
     done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.fitting", str(tmp_path)],
+        [sys.executable, "-m", "benchmarks.fitting", "train", str(tmp_path)],
         capture_output=True,
         text=True,
         check=True,
