@@ -9,10 +9,9 @@ from typing import Any
 from pipelines.smaller import gib
 from pipelines.spec import PipelineSpec
 
-# Objectives whose models these predictions were made for; of others evaluate is an estimate by copies.
+# Objectives whose models these predictions were made for; of others evaluate is an estimate by copies, which
+# refuses nobody.
 _KNOWN = ("sft", "classification")
-# What was within a tenth of several processes (docs/figures.md); an estimate refuses nobody.
-_REFUSED = ("compress",)
 
 
 def known(spec: PipelineSpec) -> bool:
@@ -116,7 +115,7 @@ def unfit(
     """
     found = []
     for stage, peak in peaks.items():
-        if not known(spec) or stage not in _REFUSED or peak <= limits_gib[stage] * 2**30:
+        if not known(spec) or peak <= limits_gib[stage] * 2**30:
             continue
         fitting = [
             {"set": said, "peak_gib": gib(other)}
