@@ -223,8 +223,8 @@ def _peak(spec: PipelineSpec, base: Base, gpu: str, needs: Any) -> int:
 
 _ESTIMATES = [
     "memory.train_gib with --gpu and hardware.sharding: the dry run of one process, divided; nothing was run",
-    "memory.evaluate_gib, memory.compress_gib: few models were measured (docs/figures.md); of other objectives "
-    "than sft and classification evaluate is taken for copies of the model",
+    "memory.evaluate_gib, memory.compress_gib: few models were measured (docs/figures.md); beside sft and "
+    "classification, evaluate is taken for copies of the model",
     "run.seconds and run.dollars: arithmetic over a stated efficiency; early stopping may end it sooner",
     "checkpoints_gib: on train's node and, while it goes on, in the store: by their tensors",
     "anything of a GPU: nothing of it was measured on one",

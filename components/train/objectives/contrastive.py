@@ -55,6 +55,9 @@ class Contrastive(Objective):
         self.model = AutoModel.from_pretrained(
             folder, config=base_settings(folder, dropout), local_files_only=True, use_safetensors=True
         ).to(causal.device())
+        # A text's vector is the mean over its tokens: what BERT pools besides has no part in the loss.
+        if getattr(self.model, "pooler", None) is not None:
+            self.model.pooler = None
 
     def encode(self, example: Mapping[str, Any]) -> Pair:
         """See Objective; its length is that of its longest text."""

@@ -112,6 +112,15 @@ def test_micro_batches_give_the_gradient_of_one_batch(objective, tiny_encoder, s
         torch.testing.assert_close(found[name], gradient, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_the_loss_reaches_every_weight_of_the_model(objective, tiny_encoder):
+    """BERT's pooler, of which not every objective makes use, was once trained along as a dead weight."""
+    made, encoded, config = opened(objective, tiny_encoder)
+    gradients(made, [encoded], config, "float32")
+    weights = made.model.named_parameters()
+    assert [name for name, weight in weights if weight.grad is None or not weight.grad.any()] == []
+
+
 @pytest.mark.parametrize("kind", ["lora", "full"])
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_each_objective_learns_with_each_adapter(objective, tiny_encoder, tmp_path, kind):
