@@ -32,7 +32,7 @@ def main() -> None:
         "--rounds",
         type=int,
         default=3,
-        help="rounds of `artifacts`, the least disturbed counts; 3 when absent",
+        help="rounds: of `artifacts` the least disturbed counts, of `train` the median; 3 when absent",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object on stdout")
     given = parser.parse_args()
@@ -43,8 +43,8 @@ def main() -> None:
     for name in given.names or NAMES:
         module, _, argument = name.partition("line_")
         benchmark = importlib.import_module(f"benchmarks.{module or 'line'}")
-        arguments = [argument] if argument else [given.gib, given.rounds] if name == "artifacts" else []
-        figures[name] = benchmark.run(*arguments)
+        sizes = {"artifacts": (given.gib, given.rounds), "train": (given.rounds,)}
+        figures[name] = benchmark.run(*([argument] if argument else sizes.get(name, ())))
         RESULTS.mkdir(exist_ok=True)
         (RESULTS / f"{name}.json").write_text(json.dumps(figures[name], indent=1) + "\n")
         if not given.json:
