@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import json
 import sys
@@ -44,7 +45,9 @@ def main() -> None:
         module, _, argument = name.partition("line_")
         benchmark = importlib.import_module(f"benchmarks.{module or 'line'}")
         sizes = {"artifacts": (given.gib, given.rounds), "train": (given.rounds,)}
-        figures[name] = benchmark.run(*([argument] if argument else sizes.get(name, ())))
+        # Libraries that log to standard output (DeepSpeed does) have no place in the object on it.
+        with contextlib.redirect_stdout(sys.stderr):
+            figures[name] = benchmark.run(*([argument] if argument else sizes.get(name, ())))
         RESULTS.mkdir(exist_ok=True)
         (RESULTS / f"{name}.json").write_text(json.dumps(figures[name], indent=1) + "\n")
         if not given.json:

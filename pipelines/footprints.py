@@ -40,7 +40,7 @@ def of_stages(
 def _evaluate(
     spec: PipelineSpec, needs: Any, folder: Path, file_bytes: int, rows: Sequence[Mapping[str, Any]]
 ) -> int:
-    from components.evaluate import baselines, footprint
+    from components.evaluate import footprint
     from components.shared import causal
 
     if not known(spec):
@@ -52,8 +52,7 @@ def _evaluate(
     if spec.train.objective.kind == "classification":
         labels = len({row["label"] for row in rows})
         texts = [row["text"] for row in tests]
-        probed = min(baselines.PROBE_EXAMPLES, len(rows) - len(tests))
-        return footprint.of_classifier(spec.evaluate, folder, texts, labels, spec.train.max_length, probed)
+        return footprint.of_classifier(spec.evaluate, folder, texts, labels, spec.train.max_length)
     fast = causal.preferred_precision("auto")
     # What is stored in float32 is judged in float32: a base of float32, or one that moved as a whole.
     whole = file_bytes >= 4 * int(needs.body_weights) or not spec.train.adapter.frozen

@@ -18,11 +18,11 @@ from components.shared.dryrun import Live, no_weights_read, shapes_only
 # the metrics' libraries and MLflow. Seen with `python -m benchmarks footprint`.
 CAUSAL_HOST_BYTES = 860 * 2**20
 # The same of a classifier, with scikit-learn and what its single texts leave. This and the share below are a
-# line through two evaluations of MiniLM: 26 batches peaked at 1,009 MiB, 169 at 1,898.
-ENCODER_HOST_BYTES = 820 * 2**20
-# What each batch of a classifier leaves behind, as a share of what the largest one works with: its length
-# seldom comes again, so its blocks do not fit the next one.
-LEFT_BY_BATCH = 0.316
+# line through two evaluations of MiniLM, see docs/figures.md.
+ENCODER_HOST_BYTES = 748 * 2**20
+# What a batch of a new length leaves behind, as a share of what the largest one works with: a kernel of oneDNN
+# for each of its products, and blocks that do not fit the next length. The same length leaves nothing again.
+LEFT_BY_LENGTH = 0.191
 # What the process holds beyond what lives, as a share of what the largest batch of each system allocates:
 # blocks of lengths that do not come again, and a kernel of oneDNN for each of them.
 SLACK = 0.5
@@ -96,7 +96,6 @@ def of_classifier(
     texts: Sequence[str],
     labels: int,
     max_length_tokens: int,
-    probed: int = 0,
 ) -> int:
     """Peak bytes of the process in which a text classifier and its frozen base read the texts.
 
@@ -106,27 +105,28 @@ def of_classifier(
         texts: of test.
         labels: how many classes.
         max_length_tokens: longest text; the rest of one is cut.
-        probed: train examples that the base reads beside the texts.
     """
     import torch
     from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     encodings = predictions.encode(tokenizer, texts, max_length_tokens)
-    last = encodings.batch(encodings.batches(config.per_device_batch_size)[-1])
+    inputs = [encodings.batch(each) for each in encodings.batches(config.per_device_batch_size)]
+    largest = max(inputs, key=lambda each: each["input_ids"].size)
+    lengths = len({each["input_ids"].shape[1] for each in inputs})
     settings = AutoConfig.from_pretrained(folder, local_files_only=True, num_labels=labels)
     held = left = 0.0
-    for kind, precision, count in (
-        (AutoModelForSequenceClassification, "float32", len(texts)),
-        (AutoModel, causal.preferred_precision("auto"), len(texts) + probed),
+    # The base reads texts of train too, which are of the same lengths.
+    for kind, precision in (
+        (AutoModelForSequenceClassification, "float32"),
+        (AutoModel, causal.preferred_precision("auto")),
     ):
         with shapes_only() as live, no_weights_read(), torch.inference_mode():
             before = live.bytes
             model = kind.from_pretrained(folder, config=settings, dtype=getattr(torch, precision))
             held, of_model = max(held, live.bytes - before), live.bytes
-            model(**{name: torch.from_numpy(array) for name, array in last.items()})
-            # The blocks of one system are left when the next one is opened.
-            batches = -(-count // config.per_device_batch_size)
-            left += (1 + LEFT_BY_BATCH * (batches - 1)) * (live.peak - of_model)
+            model(**{name: torch.from_numpy(array) for name, array in largest.items()})
+            # What one system leaves is there when the next one is opened.
+            left += (1 + LEFT_BY_LENGTH * (lengths - 1)) * (live.peak - of_model)
             del model
     return round(ENCODER_HOST_BYTES + held + left)
