@@ -20,8 +20,8 @@ CAUSAL_HOST_BYTES = 860 * 2**20
 # The same of a classifier, with scikit-learn and what its single texts leave. This and the share below are a
 # line through two evaluations of MiniLM, see docs/figures.md.
 ENCODER_HOST_BYTES = 748 * 2**20
-# What a batch of a new length leaves behind, as a share of what the largest one works with: a kernel of oneDNN
-# for each of its products, and blocks that do not fit the next length. The same length leaves nothing again.
+# What a batch of a new length leaves behind, as a share of what the largest one works with: a kernel of
+# oneDNN for each of its products, and blocks that do not fit the next length. A length leaves it once.
 LEFT_BY_LENGTH = 0.191
 # What the process holds beyond what lives, as a share of what the largest batch of each system allocates:
 # blocks of lengths that do not come again, and a kernel of oneDNN for each of them.
