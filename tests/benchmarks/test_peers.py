@@ -211,7 +211,7 @@ def test_without_the_environment_the_figures_say_not_measured(
     monkeypatch.setattr(llamafactory, "write_texts", lambda *_: None)
     monkeypatch.setattr(llamafactory, "loss_gap", lambda *_: 0.0)
     peer, why_not = train._peer()
-    figures = train._measure("ragged", tmp_path, EXAMPLES, peer, why_not)
+    figures = train._measure("ragged", tmp_path, EXAMPLES, 1, peer, why_not)
     said = "not measured: no network"
     assert figures["ratio_to_padded_trainer"] == figures["ratio_to_trl_at_its_best"] == 5.0
     assert figures["ratio_to_llamafactory"] == (3.0 if there else said)
