@@ -248,7 +248,7 @@ def test_two_nodes_train_as_one_machine_does(run, tiny_causal, monkeypatch, tmp_
     assert alone["summary"]["examples"] == commit["summary"]["examples"]
 
 
-def test_a_retried_stage_finds_the_job_and_a_failed_one_is_replaced(run, tmp_path, caplog):
+def test_a_retried_stage_finds_the_job_and_a_failed_one_is_replaced(run, tmp_path, caplog, monkeypatch):
     with pytest.raises(TuneyardError, match=r"TrainJob tuneyard-tiny-[0-9a-f]{12} failed: JobsFailed"):
         run(leaving(tmp_path, code=5))
     first = threading.Thread(target=lambda: run(leaving(tmp_path, seconds=12)))
@@ -256,6 +256,7 @@ def test_a_retried_stage_finds_the_job_and_a_failed_one_is_replaced(run, tmp_pat
     while len(run.cluster.bodies) < 2:
         time.sleep(0.05)
     assert run.cluster.deleted == [run.cluster.bodies[0]["metadata"]["name"]]
+    monkeypatch.setenv("TUNEYARD_HOME", str(tmp_path / "another-pod"))  # whose disk is its own
     commit = run(leaving(tmp_path))
     first.join()
     assert len(run.cluster.bodies) == 2 and commit["metrics"] == {"eval_loss": 1.0}
