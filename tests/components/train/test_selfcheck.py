@@ -12,6 +12,7 @@ from components.shared.errors import TuneyardError
 from components.train import selfcheck
 from components.train.adapters.applying import apply_adapter
 from components.train.config import TrainConfig
+from components.train.objectives import infonce
 from components.train.objectives.base import Objective, choose_attention
 from components.train.objectives.classification import Classification
 from components.train.objectives.config import ContrastiveObjective, MultiTaskObjective
@@ -68,6 +69,34 @@ PAIRS = [{"anchor": f"profit rose {i} times", "positive": "the rent " * (1 + i %
 @pytest.fixture
 def contrastive(tiny_encoder):
     return Contrastive(tiny_encoder, ContrastiveObjective(kind="contrastive"))
+
+
+@pytest.mark.parametrize("temperature", [0.05, 0.02, 0.01])
+def test_what_rounding_does_to_a_contrastive_loss_is_allowed_at_every_temperature(tiny_encoder, temperature):
+    # Vectors of six pairs that are as alike as those of a trained encoder, with and without three digits.
+    random = torch.Generator().manual_seed(0)
+    settings = ContrastiveObjective(kind="contrastive", temperature=temperature)
+    allowed = Contrastive(tiny_encoder, settings).rounding * selfcheck._LOSS["bfloat16"]
+    keys = [torch.arange(6), torch.arange(6, 12), torch.zeros(0)]
+    moved = []
+    for _ in range(50):
+        topics = torch.randn(384, generator=random) + 0.3 * torch.randn(6, 384, generator=random)
+        sides = topics + 0.6 * torch.randn(2, 6, 384, generator=random)
+        exact = [*torch.nn.functional.normalize(sides, dim=-1), torch.zeros(0, 384)]
+        losses = [
+            infonce.summed(vectors, keys, temperature, symmetric=False)
+            for vectors in (exact, [side.bfloat16() for side in exact])
+        ]
+        moved.append(selfcheck._relative(*(float(loss) / 6 for loss in reversed(losses))))
+    assert allowed / 20 < max(moved) < allowed
+
+
+def test_a_loss_without_digits_is_no_difference(contrastive, monkeypatch):
+    # Pairs an encoder knows: 1 - p in float32 comes in steps of 6e-8, so these are neighbours.
+    losses = iter([2 * 2.0**-24, 3 * 2.0**-24])
+    gradient = contrastive.gradient
+    monkeypatch.setattr(contrastive, "gradient", lambda *args: gradient(*args) and next(losses))
+    assert check(contrastive, PAIRS)["micro_batches_loss"] < 1e-4
 
 
 def test_gradients_that_hang_on_the_whole_update_pass(contrastive, tiny_encoder):
