@@ -177,7 +177,7 @@ def _gradient(objective: Objective) -> dict[str, Any]:
 
 
 def _relative(one: float, other: float) -> float:
-    # What is known well has the logarithm of nearly 1 as its loss, which a float32 has to 6e-8: no digits left.
+    # The loss of what is known well is the logarithm of nearly 1, and that has no digits below 6e-8.
     return abs(one - other) / max(abs(other), 0.01)
 
 
