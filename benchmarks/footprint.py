@@ -20,7 +20,7 @@ from components.evaluate.config import EvaluateConfig
 from components.shared import jsonl, sources
 from components.shared.store import Store
 from components.train import footprint
-from pipelines import advise, footprints
+from pipelines import corpus, footprints
 from pipelines.embedded import platform
 from pipelines.samples import fetch
 from pipelines.spec import PipelineSpec, load
@@ -67,7 +67,7 @@ def _case(spec: PipelineSpec, folder: Path, whole_line: bool) -> Iterator[tuple[
     """Stage, GiB predicted and GiB measured: of train, and of the two after it."""
     fetch.ensure([*spec.ingest.external_uris(), *spec.train.external_uris()], folder.parent)
     store = Store.from_environment()
-    rows = advise.examples_to_size(spec, store, folder / "corpus")[0][: _EXAMPLES + _TESTS]
+    rows = corpus.examples_to_size(spec, store, folder / "corpus")[0][: _EXAMPLES + _TESTS]
     model = sources.model_folder(spec.train.base_model, store)
     file_bytes = sum(path.stat().st_size for path in model.glob("*.safetensors"))
     learned, tests = rows[:_EXAMPLES], rows[_EXAMPLES:]

@@ -2,120 +2,25 @@
 
 from __future__ import annotations
 
-import itertools
-import json
 import tempfile
-from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from components.ingest.ingest import examples_of
-from components.shared import sources
-from components.shared.errors import TuneyardError
+from components.shared import tasks
 from components.shared.store import Store
 from components.train.config import TrainConfig
-from pipelines import footprints, sizing, smaller, storage
+from pipelines import bases, corpus, duration, footprints, pace, sizing, smaller, storage
+from pipelines.bases import Base
+from pipelines.corpus import Documents
 from pipelines.embedded.preflight import available_memory_gib
 from pipelines.smaller import gib
 from pipelines.spec import PipelineSpec
 
-# Examples that are tokenised for a prediction; the longest of more are hardly longer.
-_READ = 5000
-
-
-@dataclass(frozen=True)
-class Base:
-    """A base model without its weights.
-
-    Args:
-        folder: with its config.json and tokenizer.
-        file_bytes: of its weights.
-    """
-
-    folder: Path
-    file_bytes: int
-
-    def shape(self) -> dict[str, Any]:
-        """Its config.json."""
-        found: dict[str, Any] = json.loads((self.folder / "config.json").read_text())
-        return found
-
-
-def base_of(config: TrainConfig, store: Store, scratch: Path) -> Base:
-    """The base model of a pipeline, its weights left where they are.
-
-    Args:
-        config: settings of train.
-        store: gives the S3 client.
-        scratch: a folder for its small files.
-
-    Raises:
-        TuneyardError: it cannot be had.
-    """
-    uri, kind = config.base_model, sources.kind_of(config.base_model)
-    if kind == "local":
-        folder = Path(uri).expanduser().resolve()
-        return Base(folder, sum(path.stat().st_size for path in folder.glob("*.safetensors")))
-    if kind == "hub":
-        from huggingface_hub import HfApi, snapshot_download
-
-        commit, _ = sources.hub_contents(uri, config.revision, "model")
-        wanted = ["*.json", "*.model", "*.txt", "*.jinja"]
-        folder = Path(snapshot_download(uri, revision=commit, allow_patterns=wanted))
-        info = HfApi().model_info(uri, revision=commit, files_metadata=True)
-        sizes = [s.size or 0 for s in info.siblings or [] if s.rfilename.endswith(".safetensors")]
-        return Base(folder, sum(sizes))
-    bucket, prefix = uri.removeprefix("s3://").partition("/")[::2]
-    weights = 0
-    for found in store.list_prefix(uri):
-        name = found["key"].removeprefix(prefix.rstrip("/") + "/")
-        if name.endswith(".safetensors"):
-            weights += found["size"]
-        elif "/" not in name:
-            store.client.download_file(bucket, found["key"], str(scratch / name))
-    if not (scratch / "config.json").is_file():
-        raise TuneyardError(f"base model {uri}: no config.json there", "name the folder that holds it")
-    return Base(scratch, weights)
-
-
-def examples_to_size(
-    spec: PipelineSpec, store: Store, scratch: Path
-) -> tuple[list[dict[str, Any]], int, int]:
-    """Some thousand examples of the corpus, how many will be trained on, and how many there are with test's.
-
-    Args:
-        spec: the pipeline.
-        store: gives the S3 client.
-        scratch: a folder for the files that examples name.
-
-    Raises:
-        TuneyardError: the corpus cannot be read.
-    """
-    parts: Counter[str] = Counter()
-    found = (row for row in examples_of(spec.ingest, store, scratch) if _counted(row, parts))
-    rows = [{**row, "id": str(number)} for number, row in enumerate(itertools.islice(found, _READ))]
-    if not rows:
-        raise TuneyardError(
-            f"{spec.ingest.source}: no row of it is an example", "map its columns with ingest.columns"
-        )
-    for _ in found:
-        pass
-    return rows, round(parts["main"] * _train_share(spec)), parts.total()
-
-
-def _counted(row: Mapping[str, Any], parts: Counter[str]) -> bool:
-    """Count a row; whether it is of the corpus itself, not of a test split beside it."""
-    part = row["origin"]["part"]
-    parts[part] += 1
-    return bool(part == "main")
-
-
-def _train_share(spec: PipelineSpec) -> float:
-    train, watched, judged = spec.split.ratios
-    return train / (train + watched) if spec.split.test_source else train / (train + watched + judged)
+if TYPE_CHECKING:
+    from components.train.footprint import Beside
 
 
 def limit_gib(
@@ -157,48 +62,117 @@ def advise(
     """
     limit, of = limit_gib(spec, gpu, target, available_gib)
     with tempfile.TemporaryDirectory(prefix="tuneyard-advise-") as scratch:
-        base = base_of(spec.train, store, Path(scratch))
-        rows, counted, in_all = examples_to_size(spec, store, Path(scratch) / "corpus")
-        needs, peak, others = _in_memory(spec, base, rows, limit, gpu)
-        after, unfit = _after_train(spec, needs, base, rows, target, available_gib)
-        count = counted if examples is None else examples
-        left = _left(spec, needs, base, rows, count, in_all * count / max(1, counted))
+        read = _read(spec, store, Path(scratch), examples)
+        needs, peak, others = _in_memory(spec, read, limit, gpu)
+        after, unfit = _after_train(spec, needs, read, target, available_gib)
+        left = _left(spec, needs, read)
+        run = _run(spec, needs, read, gpu, dollars_per_hour, store)
     return {
         "pipeline": spec.name,
-        "memory": _memory(needs, peak, after)
-        | {"limit_gib": round(limit, 2), "limit_is": of, "fits": peak <= limit * 2**30},
+        "memory": _memory(needs, peak, after, partial(_peak, spec, read.base, gpu))
+        | {"limit_gib": round(limit, 2), "limit_is": of, "fits": peak <= limit * 2**30}
+        | {"unpredicted": unpredicted(spec.train)},
         "settings_that_fit": others,
         "stages_that_do_not_fit": unfit,
-        "run": _run(spec.train, needs, count, gpu, dollars_per_hour),
+        "run": run,
         "storage_gib": gib(sum(left.values())),
         "storage_bytes": left,
         "checkpoints_gib": gib(_checkpoints(spec, needs)),
         "weights": {"total": needs.total_weights, "moving": needs.moving_weights},
-        "remarks": sizing.remarks(spec.train, count, needs.total_weights),
-        "gpus_that_fit": list(sizing.fitting_gpus(needs.peak_bytes * sizing.at_once(spec.train))),
+        "remarks": sizing.remarks(spec.train, read.count, needs.total_weights),
+        "gpus_that_fit": list(sizing.fitting_gpus(needs.device_bytes * sizing.at_once(spec.train))),
         "estimates": _ESTIMATES,
     }
 
 
-def _memory(needs: Any, peak: int, after: Mapping[str, int]) -> dict[str, float]:
+@dataclass(frozen=True)
+class _Read:
+    """What a prediction reads.
+
+    Args:
+        base: the base model.
+        beside: what the training has beside it.
+        rows: some examples of the corpus.
+        documents: domain text, where there is a first phase.
+        count: examples of train.
+        whole: examples of the corpus that has so many in train, test's too.
+    """
+
+    base: Base
+    beside: Beside
+    rows: Sequence[Mapping[str, Any]]
+    documents: Documents | None
+    count: int
+    whole: float
+
+
+def _read(spec: PipelineSpec, store: Store, scratch: Path, examples: int | None) -> _Read:
+    """Base, models beside it, corpus and retention set, none of the weights.
+
+    Raises:
+        TuneyardError: one of them cannot be had.
+    """
+    from components.train import beginning, footprint, retention
+
+    base = bases.base_of(spec.train, store, scratch / "base")
+    rows, counted, in_all = corpus.examples_to_size(spec, store, scratch / "corpus")
+    documents = corpus.documents_to_size(spec, store, scratch / "documents")
+    count = counted if examples is None else examples
+    whole = in_all * count / max(1, counted)
+    others = {
+        name: bases.weightless(uri, "main", store, scratch / name)
+        for name, uri in beginning.models_beside(spec.train).items()
+    }
+    beside = footprint.Beside(
+        **{name: other.folder for name, other in others.items()},
+        file_bytes=max((other.file_bytes for other in others.values()), default=0),
+        documents=documents.rows if documents else (),
+        retained=retention.read(spec.train, store) if spec.train.retain else (),
+        examples=count + round(min(spec.train.eval_examples, whole - count)),
+    )
+    return _Read(base, beside, rows, documents, count, whole)
+
+
+def unpredicted(config: TrainConfig) -> list[str]:
+    """What of the memory of train nobody can know before it starts, a sentence each; it refuses nothing."""
+    if config.objective.kind in tasks.ANSWERING:
+        return [
+            "how long the model's answers will be is not known: they are counted as long as max_new_tokens "
+            "allows, so train may need less"
+        ]
+    if getattr(config.objective, "level", "") == "sequence":
+        return [
+            "how long the teacher's answers will be is not known: it is counted while it writes the longest "
+            "that max_new_tokens allows, and the student while it learns the data's own"
+        ]
+    return []
+
+
+def _memory(needs: Any, peak: int, after: Mapping[str, int], of_one: Callable[[Any], int]) -> dict[str, Any]:
     """What each stage that loads the model needs."""
-    found = {"train_gib": gib(peak), "train_between_updates_gib": gib(needs.held_bytes)}
+    found: dict[str, Any] = {"train_gib": gib(peak), "train_between_updates_gib": gib(needs.held_bytes)}
+    if needs.first:
+        alone = {"first": needs.first, "second": replace(needs, first=None)}
+        found["train_phases_gib"] = {name: gib(of_one(each)) for name, each in alone.items()}
     return found | {f"{stage}_gib": gib(count) for stage, count in after.items()}
 
 
 def _in_memory(
-    spec: PipelineSpec, base: Base, rows: Sequence[Mapping[str, Any]], limit_gib: float, gpu: str
+    spec: PipelineSpec, read: _Read, limit_gib: float, gpu: str
 ) -> tuple[Any, int, list[dict[str, Any]]]:
     """What a training needs, the bytes of all that run at once, and what would fit where they do not."""
     from components.train import footprint
 
+    def predict(config: TrainConfig) -> footprint.Footprint:
+        return footprint.predict(config, read.base.folder, read.rows, read.base.file_bytes, read.beside)
+
     at_once = sizing.at_once(spec.train)
-    needs = footprint.predict(sizing.heaviest(spec.train), base.folder, rows, base.file_bytes)
-    of_one = partial(_peak, spec, base, gpu)
+    needs = predict(sizing.heaviest(spec.train))
+    of_one = partial(_peak, spec, read.base, gpu)
     one = of_one(needs)
     if one * at_once <= limit_gib * 2**30:
         return needs, one * at_once, []
-    ways = smaller.in_turn(spec.train, rows, base.folder, base.file_bytes, limit_gib, of_one)
+    ways = smaller.in_turn(spec.train, predict, limit_gib, of_one)
     return needs, one * at_once, [*smaller.fewer(one, at_once, limit_gib), *ways]
 
 
@@ -208,16 +182,20 @@ def _peak(spec: PipelineSpec, base: Base, gpu: str, needs: Any) -> int:
         return int(needs.process_bytes)
     hardware = spec.hardware
     if hardware.sharding == "none" or hardware.processes == 1:
-        return int(needs.peak_bytes)
+        return int(needs.device_bytes)
     text = base.shape().get("text_config", base.shape())
-    return sizing.bytes_in_pieces(
-        hardware.sharding,
-        hardware.offload,
-        hardware.processes,
-        (needs.total_weights, needs.moving_weights, needs.body_weights),
-        needs.held_bytes,
-        needs.peak_bytes,
-        int(text.get("num_hidden_layers", 1)),
+    return max(
+        sizing.bytes_in_pieces(
+            hardware.sharding,
+            hardware.offload,
+            hardware.processes,
+            (each.total_weights, each.moving_weights, each.body_weights),
+            each.held_bytes,
+            each.peak_bytes,
+            int(text.get("num_hidden_layers", 1)),
+        )
+        for each in (needs, needs.first)
+        if each
     )
 
 
@@ -225,34 +203,29 @@ _ESTIMATES = [
     "memory.train_gib with --gpu and hardware.sharding: the dry run of one process, divided; nothing was run",
     "memory.evaluate_gib, memory.compress_gib: few models were measured (docs/figures.md); beside sft and "
     "classification, evaluate is taken for copies of the model",
-    "run.seconds and run.dollars: arithmetic over a stated efficiency; early stopping may end it sooner",
+    "run.seconds and run.dollars: run.seconds_from says what by; early stopping may end it sooner",
     "checkpoints_gib: on train's node and, while it goes on, in the store: by their tensors",
     "anything of a GPU: nothing of it was measured on one",
 ]
 
 
 def _after_train(
-    spec: PipelineSpec,
-    needs: Any,
-    base: Base,
-    rows: Sequence[Mapping[str, Any]],
-    target: str,
-    available_gib: float | None,
+    spec: PipelineSpec, needs: Any, read: _Read, target: str, available_gib: float | None
 ) -> tuple[dict[str, int], list[dict[str, Any]]]:
     """Peak bytes of the later stages that load the model, and which of them do not fit."""
-    given = needs, base.folder, base.file_bytes, rows
+    given = needs, read.base.folder, read.base.file_bytes, read.rows
     peaks = footprints.of_stages(spec, *given)
     machine = available_gib or available_memory_gib()
     limits = {stage: footprints.limit_gib(spec, stage, target, machine) for stage in peaks}
     return peaks, footprints.unfit(spec, peaks, limits, footprints.smaller_batches(spec, *given))
 
 
-def _left(
-    spec: PipelineSpec, needs: Any, base: Base, rows: Sequence[Mapping[str, Any]], train: int, whole: float
-) -> dict[str, int]:
-    """What a run leaves in the store, of a corpus of `whole` examples, so many of them in train."""
-    test = 1 - train / _train_share(spec) / whole if spec.split.test_source else spec.split.ratios[2]
-    return storage.left_bytes(spec, needs, base.folder, base.file_bytes, rows, round(whole), test)
+def _left(spec: PipelineSpec, needs: Any, read: _Read) -> dict[str, int]:
+    """What a run leaves in the store."""
+    share = corpus.train_share(spec)
+    test = 1 - read.count / share / read.whole if spec.split.test_source else spec.split.ratios[2]
+    given = needs, read.base.folder, read.base.file_bytes, read.rows, round(read.whole), test
+    return storage.left_bytes(spec, *given, read.documents)
 
 
 def _checkpoints(spec: PipelineSpec, needs: Any) -> int:
@@ -262,31 +235,15 @@ def _checkpoints(spec: PipelineSpec, needs: Any) -> int:
 
 
 def _run(
-    config: TrainConfig, needs: Any, examples: int, gpu: str, dollars_per_hour: float | None
+    spec: PipelineSpec, needs: Any, read: _Read, gpu: str, dollars_per_hour: float | None, store: Store
 ) -> dict[str, Any]:
-    sizes = needs.tokens_per_example, needs.loss_share, needs.body_weights
-    head = needs.total_weights - needs.body_weights
-    ends = [sizing.work(each(config), examples, *sizes, head) for each in (sizing.heaviest, sizing.lightest)]
-    times = sizing.trainings(config)
-    steps, tokens, flop = (
-        times * max(getattr(e, name) for e in ends) for name in ("steps", "tokens", "flop")
-    )
-    if gpu:
-        rate, efficiency = sizing.gpu(gpu).flop_per_second, sizing.GPU_EFFICIENCY
-    else:
-        rate, efficiency = sizing.matmul_flop_per_second(), sizing.CPU_EFFICIENCY
-    seconds = flop / (rate * efficiency)
-    found = {
-        "examples": examples,
-        "steps": steps,
-        "tokens": round(tokens),
-        "seconds": round(seconds, 1),
-        "on": gpu or "this machine's processors",
-        "peak_gflop_per_second": round(rate / 1e9),
-        "efficiency": efficiency,
-    }
-    if config.search:
-        found["trials"] = times  # none of them ended early: an upper bound
-    if dollars_per_hour is not None:
-        found["dollars"] = round(seconds / 3600 * dollars_per_hour, 2)
-    return found
+    """How long a training goes on: as one like it did where one has run, else by arithmetic."""
+    from components.train import measures
+
+    documents = read.documents.train if read.documents else 0
+    parts = duration.parts_of(spec.train, needs, read.count, documents)
+    paces: list[pace.Pace | None] = [None] * len(parts)
+    if not spec.train.search:  # trials share the machine
+        hardware = gpu or measures.hardware(spec.hardware.processes)
+        paces = pace.newest([part.config for part in parts], hardware, store)
+    return duration.run(parts, paces, gpu, dollars_per_hour)

@@ -14,7 +14,7 @@ from typing import Any
 from components.shared.errors import TuneyardError, UsageError
 from components.shared.store import Store
 from components.train.config import TrainConfig
-from pipelines import advise, sizing
+from pipelines import advise, bases, sizing
 from pipelines.embedded.preflight import available_memory_gib
 from pipelines.spec import PipelineSpec
 
@@ -36,7 +36,7 @@ def refuse_unfit(spec: PipelineSpec, store: Store) -> None:
     limit = available_memory_gib()
     with tempfile.TemporaryDirectory(prefix="tuneyard-advise-") as scratch:
         try:
-            base = advise.base_of(spec.train, store, Path(scratch))
+            base = bases.base_of(spec.train, store, Path(scratch))
         except TuneyardError:
             return  # what is wrong with the base, the stage that reads it says
         heaviest, share = _widest(spec), limit * 2**30 / sizing.at_once(spec.train)
@@ -58,8 +58,10 @@ def refuse_unfit(spec: PipelineSpec, store: Store) -> None:
         log.warning("submit: the memory of its stages could not be predicted: %s", last[0])
         return
     memory = said["memory"]
-    if not memory["fits"] or said["stages_that_do_not_fit"]:
+    if refused(said):
         raise UsageError(unfit(said), what_would(said))
+    if not memory["fits"]:
+        log.warning("submit: %s; %s", unfit(said), "; ".join(memory["unpredicted"]))
     log.info("submit: train will need %.1f GiB, there are %.1f", memory["train_gib"], memory["limit_gib"])
 
 
@@ -69,6 +71,12 @@ def _widest(spec: PipelineSpec) -> TrainConfig:
     judged = max(spec.evaluate.per_device_batch_size, -(-_JUDGED_TOKENS // heaviest.max_length))
     size = max(heaviest.per_device_batch_size, judged)
     return heaviest.model_copy(update={"per_device_batch_size": size})
+
+
+def refused(said: Mapping[str, Any]) -> bool:
+    """Whether a stage surely needs more than it has: what nobody can know before refuses nothing."""
+    memory = said["memory"]
+    return bool(said["stages_that_do_not_fit"] or (not memory["fits"] and not memory["unpredicted"]))
 
 
 def unfit(said: Mapping[str, Any]) -> str:

@@ -5,13 +5,16 @@ All of it is estimates, but for the steps. Needs no heavy library.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from components.shared import tasks
 from components.shared.errors import UsageError
 from components.train.config import TrainConfig
 from components.train.data import total_steps
+from components.train.first import First
 from components.train.search import space
 
 # Share of the matrix-product rate that a training step reaches. On a CPU 0.27 was measured for Gemma 3 270M
@@ -129,9 +132,14 @@ def work(
     )
     each = body_weights + loss_share * vocabulary_weights
     update = (4 if config.adapter.frozen else 6) + (2 if config.gradient_checkpointing else 0)
-    evaluations = 1 + (steps // config.eval_steps if config.eval_steps else 10)
-    judged = evaluations * config.eval_examples * tokens_per_example
+    judged = evaluations(config, steps) * config.eval_examples * tokens_per_example
     return Work(steps, tokens, each * (update * tokens + 2 * judged))
+
+
+def evaluations(config: TrainConfig, steps: int) -> int:
+    """How often eval is judged: before the first update, between updates, and after the last one."""
+    every = config.eval_steps or max(1, math.ceil(steps / 10))
+    return 1 + math.ceil(steps / every)
 
 
 def checkpoint_bytes(moving_weights: int, count: int) -> int:
@@ -252,6 +260,12 @@ def surely_fits(config: TrainConfig, shape: dict[str, object], base_bytes: int, 
         base_bytes: of the base's files.
         limit_bytes: of memory.
     """
+    if (
+        config.retain
+        or config.objective.kind in tasks.ANSWERING
+        or getattr(config.objective, "teacher", None)
+    ):
+        return False  # more than one model: only the dry run knows
     text = shape.get("text_config", shape)
     sizes = {} if not isinstance(text, dict) else text
     names = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
@@ -260,8 +274,16 @@ def surely_fits(config: TrainConfig, shape: dict[str, object], base_bytes: int, 
         return False
     width, layers, heads, words = (int(str(value)) for value in found)
     width = max(width, int(str(sizes.get("intermediate_size", 0))) // 4)
-    length = config.max_length
-    tokens = config.per_device_batch_size * length
-    activations = 2 * tokens * layers * (68 * width + 10 * heads * length)
+    every: list[TrainConfig | First] = [config, config.first] if config.first else [config]
+    activations = max(
+        2
+        * each.per_device_batch_size
+        * each.max_length
+        * layers
+        * (68 * width + 10 * heads * each.max_length)
+        for each in every
+    )
     logits = 8 * 4 * 1024 * words
-    return 3 * 2**30 + 12 * base_bytes + activations + logits < limit_bytes
+    # What the first of two phases moved is held in the second.
+    copies = 14 if config.first else 12
+    return 3 * 2**30 + copies * base_bytes + activations + logits < limit_bytes

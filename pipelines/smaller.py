@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from components.train.config import TrainConfig
+from components.train.first import First
 from pipelines import sizing
 
 
@@ -40,29 +40,39 @@ def alternatives(config: TrainConfig) -> Iterator[list[tuple[str, TrainConfig]]]
 
 def _smaller(said: str, config: TrainConfig) -> Iterator[tuple[str, TrainConfig]]:
     """Half the batch and twice the accumulation, again and again: every update stays what it was."""
+    while True:
+        changes, words = _halved(config, "train")
+        if config.first:
+            of_first, more = _halved(config.first, "train.first")
+            words += more
+            if of_first:
+                changes["first"] = config.first.model_copy(update=of_first).model_dump()
+        if not changes:
+            return
+        config = changed(config, **changes)
+        yield " ".join([*([said] if said else []), *words]), config
+
+
+def _halved(config: TrainConfig | First, section: str) -> tuple[dict[str, Any], list[str]]:
+    """Half the batch and twice the accumulation, and how `--set` spells it; nothing where it is odd."""
     batch, times = config.per_device_batch_size, config.gradient_accumulation_steps
-    while batch > 1 and batch % 2 == 0:
-        batch, times = batch // 2, times * 2
-        sizes = {"per_device_batch_size": batch, "gradient_accumulation_steps": times}
-        words = " ".join(f"train.{name}={value}" for name, value in sizes.items())
-        yield f"{said} {words}".strip(), changed(config, **sizes)
+    if batch % 2:
+        return {}, []
+    sizes = {"per_device_batch_size": batch // 2, "gradient_accumulation_steps": times * 2}
+    return sizes, [f"{section}.{name}={value}" for name, value in sizes.items()]
 
 
 def fitting(
     config: TrainConfig,
-    rows: Sequence[Mapping[str, Any]],
-    folder: Path,
-    file_bytes: int,
+    predict: Callable[[TrainConfig], Any],
     limit_bytes: float,
     peak: Callable[[Any], int],
 ) -> list[dict[str, Any]]:
     """For each way to need less, the least change of it that fits, by the same dry run."""
-    from components.train import footprint
-
     found = []
     for way in alternatives(config):
         for said, settings in way:
-            needs = peak(footprint.predict(settings, folder, rows, file_bytes))
+            needs = peak(predict(settings))
             if needs <= limit_bytes:
                 found.append({"set": said, "peak_gib": gib(needs)})
                 break
@@ -77,14 +87,12 @@ def fewer(one: int, at_once: int, limit_gib: float) -> list[dict[str, Any]]:
 
 def in_turn(
     config: TrainConfig,
-    rows: Sequence[Mapping[str, Any]],
-    folder: Path,
-    file_bytes: int,
+    predict: Callable[[TrainConfig], Any],
     limit_gib: float,
     peak: Callable[[Any], int],
 ) -> list[dict[str, Any]]:
     """Ways to need less by other settings; of a search, those that it does not vary, one trial at a time."""
-    found = fitting(sizing.heaviest(config), rows, folder, file_bytes, limit_gib * 2**30, peak)
+    found = fitting(sizing.heaviest(config), predict, limit_gib * 2**30, peak)
     if not config.search:
         return found
     varied = tuple(f"train.{name}=" for name in config.search.space)

@@ -8,6 +8,7 @@ from typing import Any
 
 import orjson
 
+from pipelines.corpus import Documents
 from pipelines.spec import PipelineSpec
 
 # Beside the fields that are read: the id is a sha256 in hex, and its place in a prediction is a number.
@@ -30,6 +31,7 @@ def left_bytes(
     rows: Sequence[Mapping[str, Any]],
     examples: int,
     test_share: float,
+    documents: Documents | None = None,
 ) -> dict[str, int]:
     """Stage -> bytes that it leaves in the store; the base is there already, checkpoints are gone in the end.
 
@@ -44,10 +46,11 @@ def left_bytes(
         rows: some of the corpus, as ingest writes them.
         examples: of the whole corpus, its test split too.
         test_share: of them that are judged, 0-1.
+        documents: domain text, where there is a first phase: ingest and split keep it beside the examples.
     """
-    written = [len(orjson.dumps(row)) + 1 + _ID_BYTES for row in rows]
-    each = sum(written) / len(written)
-    corpus = round(each * examples)
+    each = _written(rows)
+    text = _written(documents.rows) * documents.total if documents else 0.0
+    corpus = round(each * examples + text)
     tokenizer = sum(path.stat().st_size for path in folder.glob("tokenizer*"))
     full = not spec.train.adapter.frozen
     # The weights that move are float32.
@@ -56,7 +59,9 @@ def left_bytes(
     found = {
         "ingest": corpus,
         "split": corpus,
-        "train": model + tokenizer + round(_LEDGER_BYTES * examples * (1 - test_share)),
+        "train": model
+        + tokenizer
+        + round(_LEDGER_BYTES * (examples * (1 - test_share) + (documents.total if documents else 0))),
         "records": _RECORDS_BYTES,
     }
     judged = examples * test_share if encoder else min(spec.evaluate.max_generated, examples * test_share)
@@ -66,3 +71,8 @@ def left_bytes(
         whole = 0 if full else file_bytes
         found["compress"] = round(_INT8_BYTES * needs.total_weights) if encoder else whole
     return found
+
+
+def _written(rows: Sequence[Mapping[str, Any]]) -> float:
+    """Bytes of a row as ingest writes it, on average."""
+    return sum(len(orjson.dumps(row)) + 1 + _ID_BYTES for row in rows) / len(rows)

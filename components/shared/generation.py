@@ -96,7 +96,7 @@ def next_logits(model: Any, ids: Any, mask: Any, cache: Any) -> Any:
     return head(hidden[:, -1].contiguous())
 
 
-def _choose(model: Any, ids: Any, mask: Any, cache: Any, temperature: float) -> list[int]:
+def choose(model: Any, ids: Any, mask: Any, cache: Any, temperature: float) -> list[int]:
     """The next token of each row, after reading `ids` [rows, new tokens] on top of the cache."""
     import torch
 
@@ -128,7 +128,7 @@ def _answer_batch(
     live = list(range(len(prompts)))  # row of the batch now -> prompt
     with clock.arithmetic(), torch.inference_mode():
         while live:
-            chosen = _choose(model, ids, mask, cache, temperature)
+            chosen = choose(model, ids, mask, cache, temperature)
             keep = []
             for row, (prompt, token) in enumerate(zip(live, chosen, strict=True)):
                 ended = token in end_ids

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import platform
 import re
 from collections.abc import Callable, Mapping
 from functools import cache
@@ -153,6 +154,17 @@ def machine() -> dict[str, float]:
     with contextlib.suppress(ModuleNotFoundError, RuntimeError):
         found |= {"gpu_use": torch.cuda.utilization() / 100, "gpu_celsius": float(torch.cuda.temperature())}
     return found
+
+
+def hardware(processes: int = 1) -> str:
+    """What a training computes on, as far as its speed goes: processes, and each one's GPU or threads."""
+    import torch
+
+    if torch.cuda.is_available():
+        return f"{processes} x {torch.cuda.get_device_name()}"
+    cpu = Path("/proc/cpuinfo")
+    named = re.search(r"model name\s*: (.+)", cpu.read_text()) if cpu.is_file() else None
+    return f"{processes} x {torch.get_num_threads()} threads of {named[1] if named else platform.machine()}"
 
 
 @cache

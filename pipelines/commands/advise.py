@@ -68,13 +68,18 @@ def _show(said: dict[str, Any]) -> None:
     memory, run, weights = said["memory"], said["run"], said["weights"]
     fits = "fits" if memory["fits"] else "does not fit"
     table.add_row("peak memory of train", f"{memory['train_gib']} of {memory['limit_gib']} GiB: {fits}")
+    for phase, needed in memory.get("train_phases_gib", {}).items():
+        table.add_row(f"  its {phase} phase", f"{needed} GiB")
     for stage in ("evaluate", "compress"):
         if f"{stage}_gib" in memory:
             table.add_row(f"peak memory of {stage}", f"{memory[f'{stage}_gib']} GiB")
     table.add_row("weights, of them trained", f"{weights['total']:,}, {weights['moving']:,}")
     table.add_row("examples of train", f"{run['examples']:,}")
     table.add_row("optimizer steps, tokens", f"{run['steps']:,}, {run['tokens']:,}")
-    table.add_row(f"time on {run['on']} (estimate)", _duration(run["seconds"]))
+    for name, phase in run.get("phases", {}).items():
+        told = f"{phase['steps']:,}, {phase['tokens']:,}, {_duration(phase['seconds'])}"
+        table.add_row(f"  of them in its {name} phase, and time", told)
+    table.add_row(f"time on {run['on']} ({run['seconds_from']})", _duration(run["seconds"]))
     if "dollars" in run:
         table.add_row("cost of train (estimate)", f"${run['dollars']:,.2f}")
     table.add_row("left in the store", f"{said['storage_gib']} GiB")
@@ -84,6 +89,8 @@ def _show(said: dict[str, Any]) -> None:
     )
     console = Console()
     console.print(table)
+    for note in (*memory["unpredicted"], *run["seconds_notes"]):
+        console.print(f"note: {note}")
     for remark in said["remarks"]:
         console.print(f"remark: {remark}")
 

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from components.shared import causal
-from components.shared.errors import TuneyardError
 from components.train.config import TrainConfig
 from components.train.objectives.answering import judge_of
 from components.train.objectives.base import Objective, choose_attention
@@ -146,11 +145,7 @@ def _taught(
     """An objective with a teacher, over the layers of the base that its student keeps."""
     asked = config.objective
     assert isinstance(asked, Taught)
-    if teacher_folder is None:
-        raise TuneyardError(
-            f"what a training with {config.objective.kind} takes beside its teacher is not predicted yet",
-            "compare it with a training of its student alone, and add the teacher",
-        )
+    assert teacher_folder is not None  # as the reward model's
     objective: Objective
     if isinstance(asked, ClassificationDistillationObjective):
         reads = open_classifier(teacher_folder)
