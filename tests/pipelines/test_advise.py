@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -11,7 +10,7 @@ import pytest
 from components.shared import jsonl
 from components.shared.errors import UsageError
 from components.train.config import TrainConfig
-from pipelines import advise, fits, footprints, sizing, smaller, storage
+from pipelines import advise, bases, corpus, duration, fits, footprints, sizing, smaller, storage
 from pipelines.spec import load
 
 
@@ -26,12 +25,21 @@ def test_steps_and_flop_follow_the_settings():
     found = sizing.work(config, 100, 50.0, 0.5, body_weights=1000, vocabulary_weights=400)
     assert found.steps == 25
     assert found.tokens == 2 * 100 * 50
-    # LoRA: 4 FLOP a weight and token; the projection at half of them. One evaluation, forward alone.
-    assert found.flop == 1200 * (4 * 10_000 + 2 * 64 * 50)
+    # LoRA: 4 FLOP a weight and token; the projection at half of them. Two evaluations, forward alone.
+    assert found.flop == 1200 * (4 * 10_000 + 2 * 2 * 64 * 50)
     full = sizing.work(
         config.model_copy(update={"adapter": settings(adapter="full").adapter}), 100, 50, 0.5, 1000, 400
     )
-    assert full.flop == 1200 * (6 * 10_000 + 2 * 64 * 50)
+    assert full.flop == 1200 * (6 * 10_000 + 2 * 2 * 64 * 50)
+
+
+@pytest.mark.parametrize(
+    ("steps", "every", "times"),
+    [(25, 100, 2), (100, 100, 2), (101, 100, 3), (40, None, 11), (41, None, 10), (3, None, 4)],
+)
+def test_eval_is_judged_before_between_and_after(steps, every, times):
+    # As fit does it: after each `every` updates and the last; None: a tenth of the run, rounded up.
+    assert sizing.evaluations(settings(eval_steps=every), steps) == times
 
 
 def test_checkpoints_count_weights_and_not_billions_of_them():
@@ -123,6 +131,7 @@ def pipeline(tiny_causal, tmp_path, monkeypatch):
     """A pipeline on local files, which asks no store."""
     monkeypatch.setenv("TUNEYARD_STORE", "s3://none/none")
     monkeypatch.setenv("TUNEYARD_HOME", str(tmp_path))
+    monkeypatch.setattr(advise.pace, "newest", lambda configs, *_: [None] * len(configs))  # asks the store
     rows = [{"prompt": f"rent {i} " * 30, "completion": "paid " * 30} for i in range(40)]
     jsonl.write(tmp_path / "corpus.jsonl", rows)
     path = tmp_path / "tiny.yaml"
@@ -174,12 +183,17 @@ def searching(**changes):
     return settings(search={"space": space, "trials": 6, "parallel": 3}, **changes)
 
 
+def timed(config):
+    sizes = {"tokens_per_example": 50.0, "loss_share": 0.5, "body_weights": 1000, "total_weights": 1400}
+    needs = SimpleNamespace(**sizes, pieces=1.0, first=None)
+    return duration.run(duration.parts_of(config, needs, 160, 0), [None], "h100", 2.0)
+
+
 def test_a_search_counts_the_steps_of_all_its_trials_and_the_largest_of_each():
-    needs = SimpleNamespace(tokens_per_example=50.0, loss_share=0.5, body_weights=1000, total_weights=1400)
-    found = advise._run(searching(epochs=1.0), needs, 160, "h100", 2.0)
+    found = timed(searching(epochs=1.0))
     # Batches of 4 make the most steps: 40 in each of six trials.
     assert found["trials"] == 6 and found["steps"] == 6 * 40 and found["tokens"] == 6 * 160 * 50
-    alone = advise._run(settings(epochs=1.0, per_device_batch_size=4), needs, 160, "h100", 2.0)
+    alone = timed(settings(epochs=1.0, per_device_batch_size=4))
     assert "trials" not in alone and alone["steps"] == 40
 
 
@@ -197,7 +211,7 @@ def test_trials_at_a_time_share_the_memory_each_at_its_largest():
     ]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(smaller, "fitting", lambda *_: ways)
-        said = smaller.in_turn(config, [], Path(), 0, 3.0, lambda needs: 0)
+        said = smaller.in_turn(config, None, 3.0, lambda needs: 0)
     # What the search varies is not for the file to set.
     assert [way["set"] for way in said] == ["train.adapter=qlora train.search.parallel=1"]
 
@@ -210,7 +224,7 @@ def test_a_later_stage_that_does_not_fit_is_refused_with_what_would(pipeline):
     peaks, limits = {"evaluate": 6 * gib, "compress": 5 * gib}, {"evaluate": 4.0, "compress": 4.0}
     found = footprints.unfit(pipeline, peaks, limits, ways)
     said = {
-        "memory": {"fits": True, "limit_is": "this machine has available"},
+        "memory": {"fits": True, "limit_is": "this machine has available", "unpredicted": []},
         "stages_that_do_not_fit": found,
     }
     assert "evaluate will need 6.0 GiB of memory, it has 4.0" in fits.unfit(said)
@@ -218,6 +232,82 @@ def test_a_later_stage_that_does_not_fit_is_refused_with_what_would(pipeline):
     would = fits.what_would(said)
     assert "evaluate.per_device_batch_size=8 (3.0 GiB)" in would and "drop `compress:`" in would
     assert footprints.unfit(pipeline, peaks, {"evaluate": 6.0, "compress": 6.0}, iter(())) == []
+    assert fits.refused(said)
+
+
+@pytest.mark.parametrize(
+    ("objective", "known"),
+    [
+        ("sft", True),
+        ({"kind": "distillation", "teacher": "t"}, True),
+        ({"kind": "distillation", "teacher": "t", "level": "sequence"}, False),
+        ({"kind": "grpo", "reward_model": "r"}, False),
+    ],
+)
+def test_what_nobody_can_know_is_said_and_refuses_nothing(objective, known):
+    sentences = advise.unpredicted(TrainConfig(objective=objective, base_model="base"))
+    memory = {"fits": False, "train_gib": 9.0, "limit_gib": 8.0, "unpredicted": sentences}
+    assert (not sentences) == known
+    assert fits.refused({"memory": memory, "stages_that_do_not_fit": []}) == known
+
+
+def test_with_two_phases_the_batches_of_both_are_made_smaller():
+    config = settings(
+        per_device_batch_size=2, adapter="lora", first={"source": "s", "per_device_batch_size": 4}
+    )
+    (first, second), *_ = (list(way) for way in smaller.alternatives(config))
+    assert first[0] == (
+        "train.per_device_batch_size=1 train.gradient_accumulation_steps=2 "
+        "train.first.per_device_batch_size=2 train.first.gradient_accumulation_steps=2"
+    )
+    # The task's are one by one already.
+    assert second[0] == "train.first.per_device_batch_size=1 train.first.gradient_accumulation_steps=4"
+    assert (second[1].per_device_batch_size, second[1].first.per_device_batch_size) == (1, 1)
+
+
+def test_a_bound_without_a_dry_run_is_for_one_model_and_the_larger_phase():
+    shape = {"hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 12, "vocab_size": 30522}
+    limit = 90 * 2**20, 16 * 2**30
+    assert sizing.surely_fits(settings(), shape, *limit)
+    # Pieces of 4,096 tokens, 32 of them at once.
+    wide = {"source": "s", "max_length": 4096, "per_device_batch_size": 32}
+    assert not sizing.surely_fits(settings(first=wide), shape, *limit)
+    taught = TrainConfig(objective={"kind": "distillation", "teacher": "t"}, base_model="base")
+    assert not sizing.surely_fits(taught, shape, *limit)
+    assert not sizing.surely_fits(settings(retain={"source": "s"}), shape, *limit)
+
+
+def test_domain_text_is_read_and_what_of_it_is_trained_on(pipeline, tmp_path):
+    write = tmp_path / "documents.jsonl"
+    jsonl.write(write, [{"text": f"article {i}"} for i in range(90)])
+    spec = load(str(tmp_path / "tiny.yaml"), [f"train.first.source={write}"])
+    found = corpus.documents_to_size(spec, None, tmp_path / "scratch")
+    train, watched, _ = spec.split.ratios
+    assert found.total == 90 and found.train == round(90 * train / (train + watched))
+    assert [row["id"] for row in found.rows[:2]] == ["0", "1"]
+    assert corpus.documents_to_size(pipeline, None, tmp_path) is None
+    needs = SimpleNamespace(total_weights=1, moving_weights=1)
+    given = spec, needs, tmp_path / "none", 0, [{"text": "x"}], 1, 0.5
+    more = storage.left_bytes(*given, found)["ingest"] - storage.left_bytes(*given)["ingest"]
+    assert more == pytest.approx(90 * (len(json.dumps(found.rows[0])) + storage._ID_BYTES), rel=0.03)
+
+
+def test_a_registered_model_is_read_without_its_weights(tmp_path, monkeypatch):
+    from components.shared.manifest import FileEntry, Manifest
+
+    files = [("config.json", 20), ("model-1.safetensors", 700), ("model-2.safetensors", 300)]
+    whole = Manifest("model", tuple(FileEntry(name, size, "0" * 64) for name, size in files))
+    fetched = []
+
+    def get_tree(manifest, folder):
+        fetched.extend(entry.path for entry in manifest.files)
+        (folder / "config.json").write_text("{}")
+
+    monkeypatch.setattr(bases.registered, "manifest", lambda uri, store: whole)
+    found = bases.weightless(
+        "models:/legal@champion", "main", SimpleNamespace(get_tree=get_tree), tmp_path / "t"
+    )
+    assert fetched == ["config.json"] and found.file_bytes == 1000 and found.shape() == {}
 
 
 def test_what_was_not_held_against_a_process_is_not_refused(pipeline):
