@@ -2,8 +2,8 @@
 
 The rows of a batch differ in length, and padding them to the longest computes for nothing. Laid into one row
 with positions that start again, every layer but attention does not notice; attention is computed for each
-example by itself, so that no mask is needed and nothing can leak from one into the next. (Others lay examples
-into one row under a mask, Krell et al. 2021, arXiv:2107.02027.) On a GPU one kernel does it for all: ragged.py.
+example by itself, so that no mask is needed and nothing can leak from one into the next. On a GPU one kernel
+does it for all: ragged.py. (Others put a mask over one row: Krell et al. 2021, arXiv:2107.02027.)
 """
 
 from __future__ import annotations

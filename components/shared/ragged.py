@@ -1,8 +1,8 @@
 """Attention of examples laid end to end by one kernel of the GPU, in place of one by one.
 
-The kernel is FlashAttention (Dao 2023, arXiv:2307.08691) over cumulative lengths, as PyTorch brings it. One that
-goes wrong on some GPU would be a silent defect, so it is held against plain products first, with the shape of
-the model's own heads: `fault` says what was found.
+The kernel is FlashAttention (Dao 2023, arXiv:2307.08691) over cumulative lengths, as PyTorch brings it.
+Going wrong on some GPU it would be a silent defect, so it is held against plain products first, with the shape
+of the model's own heads: `fault` says what was found.
 """
 
 from __future__ import annotations
