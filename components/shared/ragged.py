@@ -1,7 +1,7 @@
 """Attention of examples laid end to end by one kernel of the GPU, in place of one by one.
 
 The kernel is FlashAttention (Dao 2023, arXiv:2307.08691) over cumulative lengths, as PyTorch brings it.
-Going wrong on some GPU it would be a silent defect, so it is held against plain products first, with the shape
+On some GPU it might go wrong without a word, so it is held against plain products first, with the shape
 of the model's own heads: `fault` says what was found.
 """
 
