@@ -2,9 +2,8 @@
 
 The rows of a batch differ in length, and padding them to the longest computes for nothing. Laid into one row
 with positions that start again, every layer but attention does not notice; attention is computed for each
-example by itself, so that no mask is needed and nothing can leak from one into the next. (Others lay examples
-into one row under a mask, Krell et al. 2021, arXiv:2107.02027, or call a kernel for a GPU with the same
-cumulative lengths.)
+example by itself, so that no mask is needed and nothing can leak from one into the next. On a GPU one kernel
+does it for all: ragged.py. (Others put a mask over one row: Krell et al. 2021, arXiv:2107.02027.)
 """
 
 from __future__ import annotations
@@ -14,6 +13,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from typing import Any
+
+from components.shared import ragged
 
 ATTENTION = "tuneyard_packed"
 # Beyond this many tokens the matrix of plain attention, [heads, tokens, tokens] kept for the backward pass,
@@ -38,6 +39,16 @@ def possible(model: Any) -> bool:
         and not getattr(settings, "use_bidirectional_attention", None)
         and not any(name.endswith("sinks") for name, _ in inner.named_parameters())
     )
+
+
+def kernel_fault(model: Any, device: Any) -> str:
+    """Why a GPU has no kernel for the rows of a model, for which it is `possible`; empty where it has."""
+    settings = model.config.get_text_config()
+    if getattr(settings, "attn_logit_softcapping", None):
+        return "the kernel caps no scores"
+    if getattr(settings, "attention_dropout", 0.0):
+        return "the kernel drops nothing out (dropout: 0.0 would do)"
+    return ragged.fault(settings, device, _of_one)
 
 
 def use(model: Any) -> None:
@@ -71,18 +82,26 @@ def lay(rows: Sequence[Sequence[int]], device: Any) -> dict[str, Any]:
 
     Returns:
         `input_ids` and `position_ids` [1, tokens], `cu_seq_lens_q` [rows + 1]: where each starts, then the
-        end.
+        end; for a GPU the same once more, there, and the longest row's tokens.
     """
     import torch
 
     starts = list(itertools.accumulate(map(len, rows), initial=0))
     positions = [at for row in rows for at in range(len(row))]
-    return {
+    laid = {
         "input_ids": torch.tensor([[token for row in rows for token in row]], device=device),
         "position_ids": torch.tensor([positions], device=device),
         # Read as numbers by each layer, so it stays on the CPU.
         "cu_seq_lens_q": torch.tensor(starts, dtype=torch.int32),
     }
+    if torch.device(device).type == "cuda":
+        laid |= kernel_inputs(laid["cu_seq_lens_q"], device)
+    return laid
+
+
+def kernel_inputs(starts: Any, device: Any) -> dict[str, Any]:
+    """What the kernel reads besides: the starts of `lay` on its device, and the longest row's tokens."""
+    return {"cu_seq_lens_k": starts.to(device), "max_length_q": int(starts.diff().max())}
 
 
 def _attention(
@@ -96,6 +115,8 @@ def _attention(
     sliding_window: int | None = None,
     softcap: float | None = None,
     cu_seq_lens_q: Any = None,
+    cu_seq_lens_k: Any = None,
+    max_length_q: int = 0,
     **_: Any,
 ) -> tuple[Any, None]:
     """Causal attention of each example over itself; the interface is that of transformers.
@@ -111,6 +132,8 @@ def _attention(
         sliding_window: how many tokens back one sees, itself included; None for all.
         softcap: of the scores; None for none.
         cu_seq_lens_q: see `lay`.
+        cu_seq_lens_k: the same on a GPU; None where there is no kernel.
+        max_length_q: tokens of the longest example, with it.
 
     Returns:
         [1, tokens, heads, width], and no probabilities.
@@ -120,6 +143,10 @@ def _attention(
     if cu_seq_lens_q is None or attention_mask is not None or len(query) != 1:
         raise ValueError(f"{type(module).__name__} takes packed rows alone: give it what packed.lay returns")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if cu_seq_lens_k is not None and ragged.takes(value) and not dropout and not softcap:
+        whole = (query[0], key[0], value[0])
+        found = ragged.attend(*whole, cu_seq_lens_k, max_length_q, scale, sliding_window)
+        return found.transpose(0, 1)[None], None
     parts = [
         _of_one(query[0, :, a:b], key[0, :, a:b], value[0, :, a:b], scale, dropout, sliding_window, softcap)
         for a, b in itertools.pairwise(cu_seq_lens_q.tolist())

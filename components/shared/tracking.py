@@ -128,6 +128,8 @@ def system_metrics(run_id: str) -> Iterator[None]:
     client()
     from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
+    # It would tell everybody without a GPU how to be told more about that.
+    logging.getLogger("mlflow.system_metrics").setLevel(logging.WARNING)
     monitor = SystemMetricsMonitor(
         run_id, sampling_interval=_SYSTEM_METRICS_SECONDS, tracking_uri=tracking_uri()
     )

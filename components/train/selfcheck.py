@@ -22,11 +22,12 @@ from components.train.update import autocast
 
 log = logging.getLogger("tuneyard.train")
 
-# Relative differences that rounding explains. In bfloat16 a number has three digits, and a sum over a hundred
-# tokens of 18 layers was off by up to 0.4%, its gradient by up to 3%; the defects looked for cost more (an
-# example that sees its neighbour 5-40%, a mean of means or a prompt that carries loss 10-900%).
-_LOSS = {"float32": 1e-4, "bfloat16": 0.015}
-_GRADIENT = {"float32": 1e-3, "bfloat16": 0.1}
+# Relative differences that rounding explains. In bfloat16 a number has three digits: the loss of fifty tokens
+# through the 18 layers of Gemma 3 270M is off by 0.4%, its gradient by 4.4%, so two roundings of it are 6.2%
+# apart, and more through more layers. The defects looked for cost more (of the loss, an example that sees its
+# neighbour 5-40%, a mean of means or a prompt that carries loss 10-900%; of Gemma's gradient 96%).
+_LOSS = {"float32": 1e-4, "bfloat16": 0.03}
+_GRADIENT = {"float32": 1e-3, "bfloat16": 0.25}
 _EXAMPLES = 3
 _TOKENS = 256
 # The padded reference holds all logits: not so many that the check needs more memory than the training.

@@ -71,7 +71,8 @@ def _check(out: Path, parameters: int) -> None:
 
 
 if __name__ == "__main__":
-    # This logger alone: what libraries have to say goes to standard error.
+    # This logger alone: what libraries have to say goes to standard error, DeepSpeed's log too.
     log.addHandler(logging.StreamHandler(sys.stdout))
     log.setLevel(logging.INFO)
+    sys.stdout = sys.stderr
     main(Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]))

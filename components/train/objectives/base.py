@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -9,7 +10,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-from components.shared import clock, packed
+from components.shared import causal, clock, packed
 from components.shared.tasks import Task
 from components.train.ranks import Ranks
 
@@ -212,6 +213,8 @@ class Objective(ABC):
 
 
 _DROPOUT = re.compile(r"(^|_)(dropout(_prob|_rate)?|pdrop)$")
+log = logging.getLogger("tuneyard.train")
+
 # On a CPU the backward pass of PyTorch's fused attention is several times slower than two plain products,
 # which keep a matrix [heads, tokens, tokens] for each example; beyond this many tokens that matters.
 _PLAIN_ATTENTION_TOKENS = 1024
@@ -230,16 +233,31 @@ def base_settings(folder: Path, dropout: float | None) -> Any:
     return settings
 
 
-def choose_attention(objective: Objective, max_length: int) -> None:
-    """Switch a model to the attention that trains fastest at this length on this device."""
-    import torch
+def choose_attention(objective: Objective, max_length: int, precision: causal.Precision = "float32") -> None:
+    """Switch a model to the attention that trains fastest at this length on this device.
 
-    if torch.cuda.is_available():
+    Args:
+        objective: with its model.
+        max_length: of an example, tokens.
+        precision: to be computed in; on a GPU only bfloat16 lays examples end to end.
+    """
+    if causal.device().type == "cuda":
+        _pack_on_gpu(objective, precision)
         return
     if objective.task == "causal-lm" and packed.possible(objective.model):
         packed.use(objective.model)
     elif max_length <= _PLAIN_ATTENTION_TOKENS:
         objective.model.set_attn_implementation("eager")
+
+
+def _pack_on_gpu(objective: Objective, precision: causal.Precision) -> None:
+    if precision != "bfloat16" or objective.task != "causal-lm" or not packed.possible(objective.model):
+        return
+    fault = packed.kernel_fault(objective.model, causal.device())
+    if fault:
+        log.warning("train: examples are padded, not laid end to end: %s", fault)
+        return
+    packed.use(objective.model)
 
 
 def stop_packing(model: Any, max_length: int) -> None:

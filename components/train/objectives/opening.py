@@ -102,7 +102,7 @@ def open_objective(
             objective = SpeechRecognition(folder, config, rows)
         case _:
             objective = _encoder(config, rows, folder)
-    choose_attention(objective, config.max_length)
+    choose_attention(objective, config.max_length, computed_in(config))
     return objective
 
 

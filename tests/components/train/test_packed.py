@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import itertools
 import math
 
 import pytest
@@ -165,3 +167,97 @@ def test_a_mask_that_an_evaluation_made_serves_training_too():
     scores = torch.zeros(7, 7, requires_grad=True)
     scores.masked_fill(packed._blocked(7, 3), -1.0).sum().backward()
     assert float(scores.grad.sum()) == 1 + 2 + 3 * 5  # what may be seen: a window of three
+
+
+def by_the_book(query, key, value, starts, _starts, longest, _longest, *, scale, window_size, enable_gqa):
+    """What PyTorch says of varlen_attn, computed in plain products: [tokens, heads, width] of each."""
+    back, ahead = window_size
+    assert ahead == 0 and starts.dtype == torch.int32 and longest == int(starts.diff().max())
+    assert enable_gqa == (query.shape[1] != key.shape[1])
+    assert query.dtype == key.dtype == value.dtype and query.stride(-1) == 1
+    query, key, value = (part.transpose(0, 1).float() for part in (query, key, value))
+    key, value = (part.repeat_interleave(len(query) // len(part), 0) for part in (key, value))
+    rows = []
+    for a, b in itertools.pairwise(starts.tolist()):
+        far = torch.arange(b - a)[:, None] - torch.arange(b - a)
+        seen = (far >= 0) & ((far <= back) | (back < 0))
+        scores = (query[:, a:b] @ key[:, a:b].transpose(1, 2) * scale).masked_fill(~seen, -torch.inf)
+        rows.append(torch.softmax(scores, -1) @ value[:, a:b])
+    return torch.cat(rows, 1).transpose(0, 1).to(torch.bfloat16)
+
+
+@pytest.fixture
+def kernel(monkeypatch):
+    """The GPU's kernel as it is documented, on a CPU."""
+    from torch.nn.attention import varlen
+
+    parameters = inspect.signature(varlen.varlen_attn).parameters
+
+    def checked(*args, **named):
+        assert len(args) == sum(p.kind is p.POSITIONAL_OR_KEYWORD for p in parameters.values())
+        assert named.keys() <= parameters.keys()
+        return by_the_book(*args, **named)
+
+    def replace(found=checked):
+        monkeypatch.setattr(varlen, "varlen_attn", found)
+
+    replace()
+    return replace
+
+
+@pytest.mark.parametrize("name", ["gemma3", "Llama", "Mistral"])
+def test_the_kernel_of_a_gpu_is_asked_for_the_same_attention(
+    name, tiny_causal, tiny_tokenizer, tmp_path, kernel, monkeypatch
+):
+    sft = Sft(_folder(name, tiny_causal, tiny_tokenizer, tmp_path), "bfloat16")
+    assert packed.kernel_fault(sft.model, "cpu") == ""
+    choose_attention(sft, 128)
+    batch = batch_of(*RAGGED)
+    loss, expected = _gradient(sft, batch)
+    lay = packed.lay
+
+    def on_gpu(rows, device):
+        laid = lay(rows, device)
+        return laid | packed.kernel_inputs(laid["cu_seq_lens_q"], device)
+
+    monkeypatch.setattr(packed, "lay", on_gpu)
+    monkeypatch.setattr(packed, "_of_one", None)  # nothing is computed one by one
+    found, gradient = _gradient(sft, batch)
+    # Two ways of rounding to bfloat16.
+    assert found == pytest.approx(loss, rel=2e-3)
+    apart = sum(float((gradient[n].float() - e.float()).pow(2).sum()) for n, e in expected.items())
+    assert apart < 0.03**2 * sum(float(e.float().pow(2).sum()) for e in expected.values())
+
+
+def test_a_kernel_that_goes_wrong_is_not_used(tiny_causal, kernel):
+    model = Sft(tiny_causal, "bfloat16").model
+
+    def leaking(query, key, value, starts, *others, **named):
+        return by_the_book(query, key, value, starts[[0, -1]], *others[:1], int(starts[-1]), 0, **named)
+
+    def one_more(*args, window_size, **named):
+        return by_the_book(*args, window_size=(window_size[0] + (window_size[0] > 0), 0), **named)
+
+    def refusing(*args, **named):
+        raise RuntimeError("FlashAttention only supports Ampere GPUs or newer.\nmore")
+
+    for found, says in (
+        (leaking, "the kernel is off by "),
+        (one_more, "the kernel is off by "),
+        (refusing, "refuses heads of 16: FlashAttention only supports Ampere GPUs or newer."),
+    ):
+        kernel(found)
+        assert says in packed.kernel_fault(model, "cpu")
+
+
+@pytest.mark.parametrize("setting", ["attn_logit_softcapping", "attention_dropout"])
+def test_what_the_kernel_cannot_do_is_not_asked_of_it(tiny_causal, kernel, setting):
+    model = Sft(tiny_causal, "bfloat16").model
+    setattr(model.config.get_text_config(), setting, 0.5)
+    assert packed.kernel_fault(model, "cpu").startswith("the kernel ")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="the kernel itself runs on a GPU alone")
+def test_the_kernel_itself(tiny_tokenizer, tmp_path):
+    model = Sft(_folder("Llama", None, tiny_tokenizer, tmp_path), "bfloat16").model
+    assert packed.kernel_fault(model, "cuda") == ""

@@ -71,7 +71,7 @@ def contrastive(tiny_encoder):
     return Contrastive(tiny_encoder, ContrastiveObjective(kind="contrastive"))
 
 
-@pytest.mark.parametrize("temperature", [0.05, 0.02, 0.01])
+@pytest.mark.parametrize("temperature", [0.05, 0.01, 0.005])
 def test_what_rounding_does_to_a_contrastive_loss_is_allowed_at_every_temperature(tiny_encoder, temperature):
     # Vectors of six pairs that are as alike as those of a trained encoder, with and without three digits.
     random = torch.Generator().manual_seed(0)
@@ -88,7 +88,7 @@ def test_what_rounding_does_to_a_contrastive_loss_is_allowed_at_every_temperatur
             for vectors in (exact, [side.bfloat16() for side in exact])
         ]
         moved.append(selfcheck._relative(*(float(loss) / 6 for loss in reversed(losses))))
-    assert allowed / 20 < max(moved) < allowed
+    assert allowed / 40 < max(moved) < allowed
 
 
 def test_a_loss_without_digits_is_no_difference(contrastive, monkeypatch):
