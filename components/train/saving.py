@@ -14,7 +14,7 @@ from components.shared import addons, families, jsonl, nf4, tracking
 from components.shared.errors import TuneyardError
 from components.shared.modelcard import BaseModelRef, ModelCard
 from components.shared.stage import Context, Result
-from components.train import checkpoint, curves, diagnostics
+from components.train import checkpoint, curves, diagnostics, measures
 from components.train.adapters.applying import addon_of
 from components.train.adapters.config import QloraAdapter
 from components.train.config import TrainConfig
@@ -110,6 +110,7 @@ def describe(
     context: Context,
     run_id: str,
     checked: Mapping[str, float],
+    processes: int,
 ) -> Result:
     """Write the ledger and the page, and say what the stage says of itself.
 
@@ -120,6 +121,7 @@ def describe(
         context: where.
         run_id: of the MLflow run.
         checked: what the self-check measured.
+        processes: that trained together.
     """
     ledger = context.out / "ledger"
     for side, kept in ledgers.items():
@@ -150,6 +152,7 @@ def describe(
             **card.retention,
         },
         summary=_summary(result, ledgers, card)
+        | {"hardware": measures.hardware(processes)}  # `tuneyard advise` compares it
         | {"self_check": dict(checked), "findings": [asdict(one) for one in found], "mlflow_run": run_id},
         page=page,
     )

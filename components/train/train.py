@@ -17,7 +17,6 @@ from components.shared.stage import Artifact, Context, Result
 from components.train import (
     job,
     keeping,
-    measures,
     phases,
     processes,
     retention,
@@ -139,9 +138,7 @@ def train_here(
     card = _card(made.objective, config, base, made.weights, run_id, context).model_copy(update=found)
     saving.save(made.objective, config, card, context.out / "model")
     made.objective.leave(context.out / "ledger")
-    said = saving.describe(result, ledgers, card, context, run_id, made.checked)
-    said.summary["hardware"] = measures.hardware(ranks.count)  # `tuneyard advise` compares it
-    return said
+    return saving.describe(result, ledgers, card, context, run_id, made.checked, ranks.count)
 
 
 def _seen(
