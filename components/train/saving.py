@@ -126,11 +126,8 @@ def describe(
     ledger = context.out / "ledger"
     for side, kept in ledgers.items():
         jsonl.write(ledger / f"{side}.jsonl", kept.rows)
-    start = {"step": 0, "eval_loss": result.base_loss, "retention_loss": result.base_retention_loss}
-    curve = [{name: value for name, value in start.items() if not math.isnan(value)}, *result.history]
+    first, (curve, before) = result.first, _curves(result)
     jsonl.write(ledger / "history.jsonl", curve)
-    first = result.first
-    before = [{"step": 0, "eval_loss": first["base_loss"]}, *first["history"]] if first else []
     if first:
         jsonl.write(ledger / "first_history.jsonl", before)
     page = context.out / "page.html"
@@ -151,11 +148,18 @@ def describe(
             "trainable_fraction": card.trainable_weights / card.total_weights,
             **card.retention,
         },
-        summary=_summary(result, ledgers, card)
-        | {"hardware": measures.hardware(processes)}  # `tuneyard advise` compares it
+        summary=_summary(result, ledgers, card, processes)
         | {"self_check": dict(checked), "findings": [asdict(one) for one in found], "mlflow_run": run_id},
         page=page,
     )
+
+
+def _curves(result: Fit) -> tuple[list[dict[str, float]], list[dict[str, float]]]:
+    """The history from its start on, and that of the first phase; empty where there is none."""
+    first = result.first
+    start = {"step": 0, "eval_loss": result.base_loss, "retention_loss": result.base_retention_loss}
+    curve = [{name: value for name, value in start.items() if not math.isnan(value)}, *result.history]
+    return curve, [{"step": 0, "eval_loss": first["base_loss"]}, *first["history"]] if first else []
 
 
 def _of_first(result: Fit) -> dict[str, float]:
@@ -167,8 +171,9 @@ def _of_first(result: Fit) -> dict[str, float]:
     }
 
 
-def _summary(result: Fit, ledgers: Mapping[str, Ledger], card: ModelCard) -> dict[str, Any]:
+def _summary(result: Fit, ledgers: Mapping[str, Ledger], card: ModelCard, processes: int) -> dict[str, Any]:
     return {
+        "hardware": measures.hardware(processes),  # `tuneyard advise` compares it
         **({"first": _phase(result.first)} if result.first else {}),
         "steps": len(result.history),
         "best_step": result.best_step,
