@@ -13,7 +13,7 @@ from typing import Any
 from components.shared import causal
 from components.shared.causal import Encoded
 from components.shared.errors import TuneyardError
-from components.train.objectives.answering import SAMPLED, Answering, Judge, Prompt
+from components.train.objectives.answering import GREEDY, SAMPLED, Answering, Judge, Prompt
 from components.train.objectives.base import Arithmetic
 from components.train.objectives.group_config import AnswerReward, GrpoObjective, RlooObjective, RuleReward
 
@@ -138,20 +138,24 @@ class Grouped(Answering):
         ]
 
     def rehearsed(self, examples: Sequence[Prompt]) -> Sequence[Drawn]:
-        """Answers to these prompts, each as good as the other.
+        """The likeliest answers to these prompts, each as good as the other.
 
-        Advantages of a group sum to 0, and with them the loss at the start: nothing to compare with.
+        Advantages of a group sum to 0, and with them the loss at the start: nothing to compare with. So
+        does the gradient of answers that are drawn, and what is left of it would be rounding.
         """
-        return [replace(found, advantage=1.0) for found in self._rollouts(examples, nullcontext)]
+        found = self._rollouts(examples, nullcontext, GREEDY)
+        return [replace(each, advantage=1.0) for each in found]
 
-    def _rollouts(self, prompts: Sequence[Prompt], arithmetic: Arithmetic) -> list[Drawn]:
+    def _rollouts(
+        self, prompts: Sequence[Prompt], arithmetic: Arithmetic, temperature: float = SAMPLED
+    ) -> list[Drawn]:
         """Drawn answers, those to one prompt beside each other."""
         import torch
 
         size = self.answers_each
         asked = [prompt for prompt in prompts for _ in range(size)]
         with torch.no_grad(), arithmetic():
-            said = self._say(asked, SAMPLED)
+            said = self._say(asked, temperature)
             now, base = self._in_parts(said.sequences)
         earned = self._earned(said)
         apart = [float((n - b).sum()) for n, b in zip(now, base, strict=True)]

@@ -12,7 +12,7 @@ from components.shared import causal
 from components.shared.causal import Encoded
 from components.train.objectives import advantages
 from components.train.objectives.advantages import Rollout
-from components.train.objectives.answering import SAMPLED, Answering, Judge, Prompt
+from components.train.objectives.answering import GREEDY, SAMPLED, Answering, Judge, Prompt
 from components.train.objectives.base import Arithmetic
 from components.train.objectives.config import PpoObjective
 
@@ -61,13 +61,14 @@ class Ppo(Answering):
         del self.model.value_head
 
     def rehearsed(self, examples: Sequence[Prompt]) -> Sequence[Rollout]:
-        """Answers to these prompts, each token as good as the other.
+        """The likeliest answers to these prompts, each token as good as the other.
 
-        Whitened advantages sum to 0, and with them the loss at the start: nothing to compare with.
+        Whitened advantages sum to 0, and with them the loss at the start: nothing to compare with. So does
+        the gradient of answers that are drawn, and what is left of it would be rounding.
         """
         return [
             replace(found, advantages=found.advantages * 0 + 1, returns=found.values + 1)
-            for found in self._rollouts(examples, nullcontext)
+            for found in self._rollouts(examples, nullcontext, GREEDY)
         ]
 
     def _rewards_of(
@@ -75,13 +76,15 @@ class Ppo(Answering):
     ) -> list[float]:
         return self._judge([prompt.messages for prompt in prompts], answers, ended)
 
-    def _rollouts(self, prompts: Sequence[Prompt], arithmetic: Arithmetic) -> list[Rollout]:
+    def _rollouts(
+        self, prompts: Sequence[Prompt], arithmetic: Arithmetic, temperature: float = SAMPLED
+    ) -> list[Rollout]:
         """Sampled answers with their advantages, these whitened over all of them."""
         import torch
 
         settings = self.settings
         with torch.no_grad(), arithmetic():
-            said = self._say(prompts, SAMPLED)
+            said = self._say(prompts, temperature)
             log_probs, values = self._read(said.sequences)
             base = self._base_log_probs(said.sequences)
         per_token = [

@@ -239,6 +239,17 @@ def test_the_self_check_passes_on_answers(tiny_causal, kind):
     assert torch.equal(before, torch.get_rng_state())
 
 
+@pytest.mark.parametrize("kind", list(KINDS))
+def test_the_self_check_is_not_left_with_a_gradient_that_sums_to_nothing(tiny_causal, kind):
+    # In expectation that of drawn answers does, and in bfloat16 Gemma's was then off by up to 36%.
+    objective = opened(tiny_causal, settings_for(kind))
+    tries = [objective.rehearsed([objective.encode(row) for row in rows(3)]) for _ in range(2)]
+    answers = [[each.answer for each in found] for found in tries]
+    assert answers[0] == answers[1] and all(
+        len(set(map(tuple, answers[0][i : i + 4]))) == 1 for i in (0, 4, 8)
+    )
+
+
 def test_rules_earn_what_they_say():
     last = groups.rule_of(AnswerReward(kind="answer", pattern=r"answer: (\d+)", weight=2.0))
     assert last("answer: 3, no, answer: 12", "so the answer: 12") == 2.0

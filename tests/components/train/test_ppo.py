@@ -246,6 +246,12 @@ def test_the_self_check_passes_on_answers(tiny_causal):
     assert torch.equal(before, torch.get_rng_state())
 
 
+def test_the_self_check_is_not_left_with_a_gradient_that_sums_to_nothing(tiny_causal):
+    objective = ppo(tiny_causal, settings_for())
+    tries = [objective.rehearsed([objective.encode(row) for row in rows(6)]) for _ in range(2)]
+    assert len({tuple(tuple(each.answer) for each in found) for found in tries}) == 1
+
+
 def test_drawn_tokens_have_the_frequencies_of_the_softmax(tiny_causal):
     config = settings_for()
     objective = ppo(tiny_causal, config)
