@@ -206,14 +206,24 @@ def _quiet_kfp() -> Iterator[None]:
 
 
 def interruptible() -> None:
-    """Let SIGTERM end a submit as Ctrl-C does: the stage in work is stopped too, at its last checkpoint."""
+    """Let SIGINT and SIGTERM end a submit as Ctrl-C does: the stage stops too, at its last checkpoint."""
     import psutil
 
     def stop(number: int, frame: Any) -> None:
-        for child in psutil.Process().children(recursive=True):
-            with contextlib.suppress(psutil.NoSuchProcess):
-                child.send_signal(signal.SIGINT)
+        if number == signal.SIGTERM or not _typed():
+            for child in psutil.Process().children(recursive=True):
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    child.send_signal(signal.SIGINT)
         raise KeyboardInterrupt
 
     signal.signal(signal.SIGTERM, stop)
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGINT, stop)
+
+
+def _typed() -> bool:
+    """Whether SIGINT may be Ctrl-C's, which the stage has from the terminal; twice would cut its save off."""
+    try:
+        with Path("/dev/tty").open() as terminal:
+            return os.tcgetpgrp(terminal.fileno()) == os.getpgrp()
+    except OSError:
+        return False

@@ -171,8 +171,10 @@ def cut_off(home, spec, settings, cut):
     process = subprocess.Popen(command, env=shell_of(home), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
     assert until(lambda: set(home.glob(steps)) - before or process.poll() is not None)
     assert process.poll() is None
+    stage = psutil.Process(process.pid).children(recursive=True)
     cut(process)
     out, _ = process.communicate(timeout=120)
+    assert psutil.wait_procs(stage, timeout=60)[1] == []  # nothing trains on behind the user's back
     return process.returncode, json.loads(out)
 
 
