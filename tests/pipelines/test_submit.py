@@ -6,8 +6,11 @@ import json
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 from types import SimpleNamespace
 
+import psutil
 import pytest
 
 from components.shared.errors import (
@@ -254,3 +257,21 @@ def test_the_end_of_a_local_run_is_told_as_that_of_a_cluster_run_is(spec, home, 
     assert len(told) == 1 and report.run_id in told[0] and "3 of 9 are empty" in told[0]
     submit.run_local(spec, ["notify.on=[failed]"], screen=None)
     assert len(told) == 1
+
+
+def test_a_signal_to_submit_alone_stops_the_stage_too():
+    program = (
+        "import subprocess, sys, time\n"
+        "from pipelines import submit\n"
+        "submit.interruptible()\n"
+        "stage = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'])\n"
+        "print(stage.pid, flush=True)\n"
+        "time.sleep(600)\n"
+    )
+    # A session of its own has no terminal, so nobody typed Ctrl-C and sent it to both.
+    command = [sys.executable, "-c", program]
+    for number in (signal.SIGINT, signal.SIGTERM):
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True) as process:
+            stage = psutil.Process(int(process.stdout.readline()))
+            process.send_signal(number)
+            assert psutil.wait_procs([stage], timeout=30)[1] == []
