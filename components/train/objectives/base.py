@@ -84,7 +84,9 @@ class Objective(ABC):
 
     def outputs(self, batch: Sequence[Any]) -> tuple[Any, Callable[[Any], Any]]:
         """States [terms, width] of a micro-batch, and what makes logits of them with the weights of now."""
-        raise NotImplementedError(f"{type(self).__name__} predicts no tokens for retain.distil_from_base")
+        raise NotImplementedError(
+            f"{type(self).__name__} predicts no tokens for retain.distil_from_base: give it this method"
+        )
 
     def gradient(
         self,
