@@ -11,7 +11,7 @@ from typing import Any
 
 from components.evaluate import predictions, sitting
 from components.evaluate.config import EvaluateConfig
-from components.shared import causal, chat, generation
+from components.shared import causal, chat, generation, window
 from components.shared.dryrun import Live, no_weights_read, shapes_only
 
 # Resident memory of the process that is no tensor: Python, PyTorch, transformers, tokenizer, and in the end
@@ -53,8 +53,8 @@ def of_causal(
     from transformers import AutoConfig, AutoTokenizer
 
     tokenizer = chat.prepare(AutoTokenizer.from_pretrained(folder, local_files_only=True))
-    text = AutoConfig.from_pretrained(folder, local_files_only=True).get_text_config()
-    exam, _ = sitting.prepare(config, rows, tokenizer, getattr(text, "max_position_embeddings", None))
+    settings = AutoConfig.from_pretrained(folder, local_files_only=True)
+    exam, _ = sitting.prepare(config, rows, tokenizer, window.of_settings(settings))
     with shapes_only() as live, no_weights_read():
         model = causal.open_model(folder, precision)
         held = live.bytes

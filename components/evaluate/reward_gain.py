@@ -12,7 +12,7 @@ from components.evaluate import intervals, resources, sitting
 from components.evaluate.config import EvaluateConfig
 from components.evaluate.findings import Findings
 from components.evaluate.slices.share import Part, Share, joined, rows
-from components.shared import causal, chat, examples, generation, rewards
+from components.shared import causal, chat, examples, generation, rewards, window
 from components.shared.causal import Encoded
 from components.shared.errors import TuneyardError
 from components.shared.modelcard import ModelCard
@@ -40,8 +40,8 @@ def take(
     precision = causal.served_precision(shipped)
     model, tokenizer, _ = causal.load(shipped, context.store, precision)
     limit = config.max_new_tokens or _DEFAULT_ANSWER_TOKENS
-    window = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    room = None if window is None else max(1, window - limit)
+    most = window.of_model(model)
+    room = None if most is None else max(1, most - limit)
     prompts = _prompts(_asked(config, tests), tokenizer, room)
     batches = share.take(generation.batches(prompts, config.per_device_batch_size))
     arrays, measured = _said("tuned", model, tokenizer, prompts, batches, limit, share)
@@ -59,7 +59,7 @@ def take(
     arrays |= rows("kl", of, [b - n for b, n in zip(before, nats, strict=True)])
     for name in ("base", "tuned"):
         arrays |= _scored(name, arrays, _asked(config, tests), tokenizer, judge_folder)
-    return Part(arrays, {"window_tokens": window, "precision": precision}, measured | costs)
+    return Part(arrays, {"window_tokens": most, "precision": precision}, measured | costs)
 
 
 def judge(

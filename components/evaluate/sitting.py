@@ -11,7 +11,7 @@ from typing import Any
 from components.evaluate import resources
 from components.evaluate.config import EvaluateConfig
 from components.evaluate.slices.share import Part, Share, joined, rows
-from components.shared import causal, chat, generation
+from components.shared import causal, chat, generation, window
 from components.shared.causal import Encoded
 from components.shared.errors import TuneyardError
 from components.shared.modelcard import ModelCard
@@ -134,8 +134,8 @@ def take(
     card, ships = ModelCard.read(inputs["model"].path), shipped(inputs)
     precision = causal.served_precision(inputs[ships].path)
     settings = AutoConfig.from_pretrained(card.base_model.folder(context.store), local_files_only=True)
-    window = getattr(settings.get_text_config(), "max_position_embeddings", None)
-    exam, _ = prepare(config, tests, tokenizer_of(inputs), window, kind)
+    most = window.of_settings(settings)
+    exam, _ = prepare(config, tests, tokenizer_of(inputs), most, kind)
     arrays: dict[str, Any] = {}
     measured: dict[str, dict[str, Any]] = {}
     systems: dict[str, Callable[[], Any]] = {
@@ -157,7 +157,7 @@ def take(
         model = kind.tuned(inputs["model"].path, context.store, precision) if wanted else None
         arrays |= losses("uncompressed", model, answered, share, kind)
         del model
-    return Part(arrays, {"window_tokens": window, "precision": precision}, measured)
+    return Part(arrays, {"window_tokens": most, "precision": precision}, measured)
 
 
 def tokenizer_of(inputs: Mapping[str, Artifact]) -> Any:

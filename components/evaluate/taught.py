@@ -12,7 +12,7 @@ from components.evaluate import encoders, predictions, sitting
 from components.evaluate.config import EvaluateConfig
 from components.evaluate.sitting import Exam
 from components.evaluate.slices.share import Part, Share
-from components.shared import causal, chat
+from components.shared import causal, chat, window
 from components.shared.encoders import columns_of
 from components.shared.modelcard import NAME, ModelCard
 from components.shared.stage import Context
@@ -57,10 +57,12 @@ def _limit(folder: Path) -> int:
     """How much of a text the teacher reads: as in its own training."""
     if (folder / NAME).is_file():
         return ModelCard.read(folder).max_length_tokens
-    from transformers import AutoConfig
+    import torch
+    from transformers import AutoConfig, AutoModel
 
-    settings = AutoConfig.from_pretrained(folder, local_files_only=True).get_text_config()
-    return int(getattr(settings, "max_position_embeddings", None) or 2**30)
+    settings = AutoConfig.from_pretrained(folder, local_files_only=True)
+    with torch.device("meta"):
+        return window.of_model(AutoModel.from_config(settings)) or 2**30
 
 
 def answer(
@@ -81,12 +83,12 @@ def answer(
     if (folder / NAME).is_file():
         precision = causal.served_precision(folder)
     model, tokenizer = causal.open_folder(folder, precision)
-    window = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    exam, _ = sitting.prepare(config, tests, tokenizer, window)
+    most = window.of_model(model)
+    exam, _ = sitting.prepare(config, tests, tokenizer, most)
     arrays, measured = sitting.sit("teacher", model, exam, share)
     del model
     gc.collect()
-    return Part(arrays, {"teacher_window_tokens": window}, {"teacher": measured})
+    return Part(arrays, {"teacher_window_tokens": most}, {"teacher": measured})
 
 
 def exam_of(

@@ -5,7 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from components.shared import causal, window
 from components.shared.errors import TuneyardError
+
+# oneDNN keeps a kernel of every product for each length it meets (12 MiB a length for MiniLM), and freed
+# blocks of one length seldom fit the next. With few lengths memory stops growing, for under 16 columns.
+_LENGTHS_OF = 16
 
 
 def columns_of(names: Mapping[int, str], labels: Sequence[str]) -> list[int]:
@@ -26,6 +31,26 @@ def columns_of(names: Mapping[int, str], labels: Sequence[str]) -> list[int]:
             "label the corpus as the teacher does, or choose a teacher that was trained on these labels",
         )
     return [known[label] for label in labels]
+
+
+def padded(model: Any, tokenizer: Any, batch: Sequence[Sequence[int]]) -> Mapping[str, Any]:
+    """Tensors of a batch of token ids, on the device.
+
+    Args:
+        model: that reads them; a batch is not made longer than its window.
+        tokenizer: its tokenizer.
+        batch: token ids of each text.
+
+    Returns:
+        What the tokenizer gives with `input_ids`, each [texts, columns]: the longest text, rounded up.
+    """
+    longest = max(map(len, batch))
+    most = window.of_model(model) or longest
+    columns = max(longest, min(-(-longest // _LENGTHS_OF) * _LENGTHS_OF, most))
+    lists = {"input_ids": [list(ids) for ids in batch]}
+    return tokenizer.pad(lists, padding="max_length", max_length=columns, return_tensors="pt").to(
+        causal.device()
+    )
 
 
 def mean_pooled(hidden: Any, mask: Any) -> Any:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from components.shared import batches, causal, clock, digest
+from components.shared import batches, causal, clock, digest, encoders
 from components.shared.modelcard import ModelCard
 from components.shared.store import Store
 
@@ -93,10 +93,7 @@ def logits(model: Any, tokenizer: Any, batch: Sequence[Piece], generator: Any = 
     import torch
 
     found = [hidden(piece, tokenizer.mask_token_id, len(tokenizer), generator) for piece in batch]
-    inputs = tokenizer.pad({"input_ids": [given for given, _ in found]}, return_tensors="pt").to(
-        causal.device()
-    )
-    out = model(**inputs).logits
+    out = model(**encoders.padded(model, tokenizer, [given for given, _ in found])).logits
     rows = [row for row, (_, places) in enumerate(found) for _ in places]
     columns = [place for _, places in found for place in places]
     targets = [piece.ids[at] for piece, (_, places) in zip(batch, found, strict=True) for at in places]

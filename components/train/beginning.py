@@ -16,7 +16,7 @@ from components.shared.stage import Artifact, Context
 from components.train import holding, selfcheck, tokens
 from components.train.adapters.applying import apply_adapter, weight_counts
 from components.train.config import TrainConfig
-from components.train.data import Ledger, total_steps
+from components.train.data import Ledger, refuse_beyond, total_steps
 from components.train.objectives.base import Objective
 from components.train.objectives.opening import computed_in, open_objective
 from components.train.search.guide import ALONE_STANDING, Guide
@@ -73,6 +73,8 @@ def opened(
     folder = sources.model_folder(config.base_model, context.store, config.revision)
     cache: Path | None = getattr(context.store, "cache", None)  # without one, each run tokenises
     encoded, ledgers = tokens.encoded(objective, learned, config, folder, cache, guide.longest_judged)
+    for side in encoded.values():
+        refuse_beyond(objective.window_tokens, map(objective.sequence_tokens, side))
     for side, left_out in unused.items():
         ledgers[side].leave_out(left_out)
     return objective, learned, encoded, ledgers

@@ -109,6 +109,24 @@ def fit_lengths(
     return kept, ledger
 
 
+def refuse_beyond(window_tokens: int | None, lengths: Iterable[int]) -> None:
+    """Check that the model has a position for each token.
+
+    Args:
+        window_tokens: that it has positions for; None for no limit.
+        lengths: tokens of each sequence that it is given.
+
+    Raises:
+        StageStopped: one is longer.
+    """
+    longest = max(lengths)
+    if window_tokens is not None and longest > window_tokens:
+        raise StageStopped(
+            f"an example has {longest} tokens, the base model reads {window_tokens}",
+            f"set train.max_length to {window_tokens} or less",
+        )
+
+
 def total_steps(examples: int, config: TrainConfig) -> int:
     """Optimizer updates of the whole run; a last partial group counts as one."""
     if config.max_steps is not None:

@@ -19,7 +19,7 @@ from components.shared.dryrun import Live
 from components.shared.errors import StageStopped
 from components.train import holding, retention
 from components.train.config import TrainConfig
-from components.train.data import fit_lengths, schedule_batches
+from components.train.data import fit_lengths, refuse_beyond, schedule_batches
 from components.train.objectives.base import Objective
 from components.train.objectives.teacher_answers import SequenceDistillation
 from components.train.plan import Updates
@@ -45,6 +45,7 @@ def encoded(objective: Objective, rows: Sequence[Mapping[str, Any]], config: Tra
     found, _ = fit_lengths(rows, lambda _: next(every), objective.shorten, config, objective.pieces)
     if not found:
         raise StageStopped("no example of train is left to use", "see train.max_length and train.over_length")
+    refuse_beyond(objective.window_tokens, map(objective.sequence_tokens, found))
     return found
 
 

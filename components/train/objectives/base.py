@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-from components.shared import causal, clock, packed
+from components.shared import causal, clock, packed, window
 from components.shared.tasks import Task
 from components.train.ranks import Ranks
 
@@ -54,6 +54,11 @@ class Objective(ABC):
         """Whether the examples of a micro-batch are laid end to end, so that their lengths may differ."""
         return packed.used(self.model)
 
+    @property
+    def window_tokens(self) -> int | None:
+        """Tokens of an example for which the model has positions; None where it names no limit."""
+        return window.of_model(self.model)
+
     def usable(self, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         """The rows of eval that this objective can judge; what is left out is named in the log."""
         return list(rows)
@@ -65,6 +70,10 @@ class Objective(ABC):
     def encode_all(self, examples: Sequence[Mapping[str, Any]]) -> Iterable[Any]:
         """The same for many, in order; an objective may be quicker at it than one by one."""
         return (self.encode(example) for example in examples)
+
+    def sequence_tokens(self, encoded: Any) -> int:
+        """Tokens of the longest sequence that the model is given of an example."""
+        return len(encoded)
 
     @abstractmethod
     def shorten(self, encoded: Any, max_length: int) -> Any | None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from components.shared import causal
+from components.shared import causal, encoders
 from components.shared.errors import StageStopped
 from components.shared.tasks import Task
 from components.train.objectives import texts
@@ -67,7 +67,8 @@ class Classification(Objective):
         """See Objective; class weights multiply each text's loss, on eval too."""
         import torch
 
-        logits = self.model(**texts.padded(self.tokenizer, [e.ids for e in batch])).logits.float()
+        inputs = encoders.padded(self.model, self.tokenizer, [e.ids for e in batch])
+        logits = self.model(**inputs).logits.float()
         targets = torch.tensor([e.label for e in batch], device=causal.device())
         weight = None if self._weights is None else logits.new_tensor(self._weights)
         return torch.nn.functional.cross_entropy(

@@ -92,7 +92,8 @@ class ClassificationDistillation(Noting, Classification):
         progress, reads = Progress("teacher", len(encoded), "texts"), self._teacher
         with torch.no_grad(), arithmetic():
             for indices in causal.by_length([len(each.theirs) for each in encoded], _TEACHER_TOKENS):
-                batch = texts.padded(reads.tokenizer, [encoded[i].theirs for i in indices])
+                theirs = [encoded[i].theirs for i in indices]
+                batch = encoders.padded(reads.model, reads.tokenizer, theirs)
                 logits = reads.model(**batch).logits.float()[:, self._columns].tolist()
                 for index, row in zip(indices, logits, strict=True):
                     encoded[index].logits[:] = row
@@ -104,7 +105,8 @@ class ClassificationDistillation(Noting, Classification):
         import torch
 
         settings = self.settings
-        logits = self.model(**texts.padded(self.tokenizer, [e.ids for e in batch])).logits.float()
+        inputs = encoders.padded(self.model, self.tokenizer, [e.ids for e in batch])
+        logits = self.model(**inputs).logits.float()
         labels = torch.tensor([e.label for e in batch], device=logits.device)
         hard = torch.nn.functional.cross_entropy(logits, labels, reduction="none")
         of = [at for at, each in enumerate(batch) if each.logits]

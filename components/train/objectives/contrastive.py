@@ -83,7 +83,7 @@ class Contrastive(Objective):
     def _vectors(self, pairs: Sequence[Pair]) -> tuple[Any, Any, Any]:
         """Unit vectors [texts, width] of the anchors, the positives and the negatives there are."""
         columns = _columns(pairs)
-        inputs = texts.padded(self.tokenizer, [ids for column in columns for ids in column])
+        inputs = encoders.padded(self.model, self.tokenizer, [ids for column in columns for ids in column])
         hidden = self.model(**inputs).last_hidden_state
         vectors = encoders.unit_pooled(hidden, inputs["attention_mask"])
         anchors, positives, negatives = vectors.split([len(column) for column in columns])

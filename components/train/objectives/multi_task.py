@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from components.shared import causal, clock, heads
+from components.shared import causal, clock, encoders, heads
 from components.shared.errors import StageStopped
 from components.shared.heads import Head
 from components.shared.tasks import Task
@@ -101,7 +101,8 @@ class MultiTask(Objective):
         """
         import torch
 
-        outputs = self.model(**texts.padded(self.tokenizer, [e.ids for e in batch])).logits.float()
+        inputs = encoders.padded(self.model, self.tokenizer, [e.ids for e in batch])
+        outputs = self.model(**inputs).logits.float()
         total: Any = 0.0
         for task, head in enumerate(self.heads):
             rows = [i for i, e in enumerate(batch) if e.task == task]

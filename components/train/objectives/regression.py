@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from components.shared import causal
+from components.shared import causal, encoders
 from components.shared.errors import StageStopped
 from components.shared.heads import Scale
 from components.shared.tasks import Task
@@ -57,7 +57,8 @@ class Regression(Objective):
         """Squared or Huber error in train's variances; there are no labels to smooth."""
         import torch
 
-        outputs = self.model(**texts.padded(self.tokenizer, [e.ids for e in batch])).logits.float()[:, 0]
+        inputs = encoders.padded(self.model, self.tokenizer, [e.ids for e in batch])
+        outputs = self.model(**inputs).logits.float()[:, 0]
         targets = torch.tensor([e.score for e in batch], device=causal.device())
         if self._settings.loss == "mse":
             return torch.nn.functional.mse_loss(outputs, targets, reduction="sum")

@@ -27,6 +27,10 @@ class Seq2Seq(Objective):
         """See Objective; its length is that of both sides together."""
         return seq2seq.encode(self.tokenizer, example)
 
+    def sequence_tokens(self, encoded: Encoded) -> int:
+        """See Objective; each side has positions of its own."""
+        return max(len(encoded.prompt), len(encoded.answer))
+
     def shorten(self, encoded: Encoded, max_length: int) -> Encoded | None:
         """Cut the prompt from its left, but for the first token where that begins every sequence."""
         return causal.shorten(encoded, max_length, self.tokenizer.bos_token_id)

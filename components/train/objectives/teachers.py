@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from components.shared import causal, chat, packed
+from components.shared import causal, chat, packed, window
 from components.shared.errors import TuneyardError
 from components.shared.modelcard import NAME, ModelCard
 from components.shared.tasks import Task
@@ -47,7 +47,7 @@ def open_causal(folder: Path, precision: causal.Precision) -> Teacher:
     model.requires_grad_(False)
     if causal.device().type == "cpu" and packed.possible(model):
         packed.use(model)
-    return Teacher(model, tokenizer, _window(model))
+    return Teacher(model, tokenizer, window.of_model(model))
 
 
 def open_classifier(folder: Path) -> Teacher:
@@ -71,7 +71,7 @@ def open_classifier(folder: Path) -> Teacher:
         )
     model = model.to(causal.device()).eval().requires_grad_(False)
     model.config.pad_token_id = tokenizer.pad_token_id
-    return Teacher(model, tokenizer, card.max_length_tokens if card else _window(model))
+    return Teacher(model, tokenizer, card.max_length_tokens if card else window.of_model(model))
 
 
 def _card(folder: Path, task: Task) -> ModelCard | None:
@@ -85,10 +85,6 @@ def _card(folder: Path, task: Task) -> ModelCard | None:
             f"name one of task {task}, trained with adapter full, or merged by compress",
         )
     return card
-
-
-def _window(model: Any) -> int | None:
-    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
 
 
 def shared_vocabulary(teacher: Any, student: Any, rows: Sequence[int]) -> int:

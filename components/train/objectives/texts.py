@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -66,9 +66,3 @@ def cut(tokenizer: Any, ids: Sequence[int], max_length: int) -> list[int]:
         return list(ids)
     last = closing(tokenizer, ids)
     return [*ids[: max_length - len(last)], *last]
-
-
-def padded(tokenizer: Any, batch: Sequence[Sequence[int]]) -> Mapping[str, Any]:
-    """Tensors of a batch, [texts, longest], on the device."""
-    lists = {"input_ids": [list(ids) for ids in batch]}
-    return tokenizer.pad(lists, return_tensors="pt").to(causal.device())

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from components.shared import causal, tagging
+from components.shared import causal, encoders, tagging
 from components.shared.causal import IGNORED
 from components.shared.errors import StageStopped, TuneyardError
 from components.shared.tasks import Task
@@ -91,10 +91,10 @@ class TokenClassification(Objective):
         """See Objective."""
         import torch
 
-        inputs = texts.padded(self.tokenizer, [e.ids for e in batch])
-        logits = self.model(**inputs).logits.float()  # [texts, longest, tags]
-        longest = logits.shape[1]
-        targets = torch.tensor([[*e.tags, *[IGNORED] * (longest - len(e))] for e in batch])
+        inputs = encoders.padded(self.model, self.tokenizer, [e.ids for e in batch])
+        logits = self.model(**inputs).logits.float()  # [texts, columns, tags]
+        columns = logits.shape[1]
+        targets = torch.tensor([[*e.tags, *[IGNORED] * (columns - len(e))] for e in batch])
         return torch.nn.functional.cross_entropy(
             logits.flatten(0, 1),
             targets.flatten().to(causal.device()),

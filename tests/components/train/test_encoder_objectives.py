@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from components.shared.errors import StageStopped
 from components.train.adapters.applying import apply_adapter, weight_counts
 from components.train.config import TrainConfig
-from components.train.data import fit_lengths
+from components.train.data import fit_lengths, refuse_beyond
 from components.train.fit import fit
 from components.train.objectives.classification import Classification, class_weights
 from components.train.objectives.config import RegressionObjective
@@ -239,3 +239,17 @@ def test_a_long_text_is_cut_as_in_service(objective, tiny_encoder):
     for row, one in zip(found, kept, strict=True):
         served = made.tokenizer(row[field], truncation=True, max_length=8)["input_ids"]
         assert (one.anchor if objective == "contrastive" else one.ids) == served
+
+
+def test_a_text_beyond_the_models_positions_is_refused_with_the_setting(tiny_encoder):
+    config = TrainConfig(objective="classification", base_model=str(tiny_encoder), max_length=2000)
+    long = [{**row, "text": "profit " * 1500} for row in rows("classification", 2)]
+    objective = open_objective(config, rows("classification"), tiny_encoder)
+    encoded = [objective.encode(row) for row in [*rows("classification"), *long]]
+    most = objective.window_tokens
+    lengths = [objective.sequence_tokens(each) for each in encoded]
+    with pytest.raises(StageStopped, match=f"1502 tokens, the base model reads {most}.*") as stop:
+        refuse_beyond(most, lengths)
+    assert f"train.max_length to {most}" in str(stop.value.todo)
+    refuse_beyond(most, lengths[:-2])
+    refuse_beyond(None, lengths)

@@ -12,6 +12,7 @@ import pytest
 
 from components.shared import jsonl
 from components.shared.dryrun import no_weights_read, shapes_only
+from components.shared.errors import StageStopped
 from components.train import footprint
 from components.train.adapters.applying import apply_adapter
 from components.train.config import TrainConfig
@@ -159,3 +160,9 @@ def test_peak_memory_of_a_process_is_predicted_within_a_tenth(tmp_path, tiny_tok
     file_bytes = sum(path.stat().st_size for path in base.glob("*.safetensors"))
     said = footprint.predict(config, base, rows, file_bytes)
     assert said.process_bytes == pytest.approx(measured, rel=0.10)
+
+
+def test_a_text_that_the_base_has_no_positions_for_stops_the_dry_run(tiny_encoder):
+    config = TrainConfig(objective="classification", base_model=str(tiny_encoder), max_length=512)
+    with pytest.raises(StageStopped, match="302 tokens, the base model reads 128"):
+        footprint.predict(config, Path(tiny_encoder), [*labelled(6, 12), *labelled(2, 300)], 0)
