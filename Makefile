@@ -3,7 +3,7 @@
 # or a data check stopped the line) call .venv/bin/tuneyard, which these targets only wrap.
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lock submit advise compile schedule unschedule up down status ui runs ask promote rollback gc images test test-unit test-cluster test-containers lint bench bench-train clean
+.PHONY: help setup lock submit advise compile schedule unschedule up down status ui runs ask promote rollback history gc images test test-unit test-cluster test-containers lint bench bench-train clean
 MAKEFLAGS += --no-print-directory
 
 BIN := .venv/bin
@@ -66,6 +66,9 @@ ask: need-MODEL need-Q setup  ## ask the served model: MODEL=sft_legal Q="..."
 
 promote: need-MODEL setup  ## make a version the champion: MODEL=sft_legal [VERSION=3, else the candidate]
 	@exec $(BIN)/tuneyard promote "$$MODEL" $${VERSION:+--version "$$VERSION"}
+
+history: need-MODEL setup  ## say who made which version champion, when, why: MODEL=sft_legal
+	@exec $(BIN)/tuneyard history "$$MODEL" $${JSON:+--json}
 
 rollback: need-MODEL setup  ## bring the champion before this one back: MODEL=sft_legal
 	@exec $(BIN)/tuneyard rollback "$$MODEL"

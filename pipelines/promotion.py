@@ -147,6 +147,15 @@ def history(name: str) -> list[Entry]:
     return entries
 
 
+def told(entry: Entry) -> str:
+    """An entry of the ledger for a person: a line, and a line for each part of its evidence."""
+    before = f" (champion before: version {entry.previous_champion})" if entry.previous_champion else ""
+    done = f"{entry.action} version {entry.version}{before}"
+    first = f"{entry.number}. {entry.at}  {done}, by {entry.who}: {entry.why}"
+    parts = (f"   {name}: {json.dumps(part, ensure_ascii=False)}" for name, part in entry.evidence.items())
+    return "\n".join([first, *parts])
+
+
 def default_who() -> str:
     """Who is at the keyboard: git's user, else the login name."""
     try:

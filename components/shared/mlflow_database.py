@@ -79,7 +79,8 @@ def client() -> Any:
     uri = tracking_uri()
     if not uri:
         raise TuneyardError(
-            "MLFLOW_TRACKING_URI is not set", "start through `tuneyard submit`, which sets it"
+            "MLFLOW_TRACKING_URI is not set",
+            "start through `tuneyard submit`, which sets it, or name a cluster's (docs/kubernetes.md)",
         )
     return _connect(uri)
 

@@ -7,9 +7,12 @@ from typing import Annotated, Any
 
 import typer
 
-from pipelines.commands.options import Json, Model, Who, connect
+from pipelines.commands.options import Json, Model, Who, nearest_store
 
 app = typer.Typer()
+
+_REGISTRY = ("MLFLOW_TRACKING_URI",)
+_SERVING = ("TUNEYARD_SERVING_URL", "TUNEYARD_SERVING_TOKEN")
 
 
 @app.command()
@@ -24,7 +27,7 @@ def promote(
     """Make a version the champion and put it in service."""
     from pipelines import promotion
 
-    connect()
+    nearest_store(also=(*_REGISTRY, *_SERVING))
     _say(promotion.promote(model, version, who=who or promotion.default_who(), why=why, force=force), as_json)
 
 
@@ -38,8 +41,24 @@ def rollback(
     """Make the previous champion the champion again and put it in service."""
     from pipelines import promotion
 
-    connect()
+    nearest_store(also=(*_REGISTRY, *_SERVING))
     _say(promotion.rollback(model, who=who or promotion.default_who(), why=why), as_json)
+
+
+@app.command()
+def history(model: Model, as_json: Json = False) -> None:
+    """Say which versions were registered and made champion: when, by whom, why, on what evidence."""
+    from dataclasses import asdict
+
+    from pipelines import promotion
+
+    nearest_store(also=_REGISTRY)
+    entries = promotion.history(model)
+    if as_json:
+        typer.echo(json.dumps([asdict(entry) for entry in entries], default=str, ensure_ascii=False))
+        return
+    for entry in entries:
+        typer.echo(promotion.told(entry))
 
 
 def _say(change: Any, as_json: bool) -> None:
@@ -60,8 +79,12 @@ def ask(
     as_json: Json = False,
 ) -> None:
     """Ask the served champion."""
-    from pipelines import asking
-    from pipelines.embedded import platform
+    import os
 
-    connect()
-    asking.ask(platform.up(platform.home_dir()).serving_url, model, question, system, max_tokens, as_json)
+    from pipelines import asking
+
+    url = os.environ.get("TUNEYARD_SERVING_URL", "")
+    if not url:
+        nearest_store(also=_SERVING[:1])
+        url = os.environ["TUNEYARD_SERVING_URL"]
+    asking.ask(url, model, question, system, max_tokens, as_json)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, Any
 
 import typer
@@ -20,21 +21,29 @@ Model = Annotated[str, typer.Argument(help="Name of a registered model.")]
 Who = Annotated[str | None, typer.Option(help="Who decides; the git or login name when absent.")]
 
 
-def connect() -> Any:
-    """Bring the local platform up and return its store."""
+def nearest_store(also: Sequence[str] = ()) -> Any:
+    """The store that the environment names, else that of this machine's platform, which is then brought up.
+
+    Args:
+        also: variables that must be named beside a store that is: what else of a cluster is needed. This
+            machine's platform sets them all.
+
+    Raises:
+        UsageError: some of them are not.
+    """
     import os
 
+    from components.shared.errors import UsageError
     from components.shared.store import Store
     from pipelines.embedded import platform
 
-    os.environ.update(platform.environment(platform.up(platform.home_dir())))
+    if store := os.environ.get("TUNEYARD_STORE"):
+        missing = [name for name in also if not os.environ.get(name)]
+        if missing:
+            raise UsageError(
+                f"TUNEYARD_STORE is {store}, and {', '.join(missing)} not set",
+                "set them too (docs/kubernetes.md), or unset TUNEYARD_STORE to mean this machine's platform",
+            )
+    else:
+        os.environ.update(platform.environment(platform.up(platform.home_dir())))
     return Store.from_environment()
-
-
-def nearest_store() -> Any:
-    """The store that the environment names, else that of this machine's platform."""
-    import os
-
-    from components.shared.store import Store
-
-    return Store.from_environment() if os.environ.get("TUNEYARD_STORE") else connect()

@@ -1,7 +1,11 @@
 from __future__ import annotations
 
+import json
+import os
+import subprocess
 import sys
 import types
+from pathlib import Path
 
 import pytest
 
@@ -12,6 +16,7 @@ from pipelines import promotion
 from tests.rivals import rivals
 
 NAME = "legal"
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def add(store, folder, weights, verdict="passed"):
@@ -134,3 +139,47 @@ def test_people_who_promote_at_once_leave_one_champion(mlflow_store, tmp_path):
     assert sorted(entry.version for entry in promoted) == list(range(1, 9))
     assert [entry.previous_champion for entry in promoted] == [None, *(e.version for e in promoted[:-1])]
     assert registry.aliases(NAME) == {"candidate": 8, "champion": promoted[-1].version}
+
+
+def command(*arguments, **changed):
+    """`tuneyard` in a process of its own: whom it asks is decided by the environment alone."""
+    environment = {name: value for name, value in {**os.environ, **changed}.items() if value is not None}
+    return subprocess.run(
+        [sys.executable, "-m", "pipelines.cli", *arguments],
+        env=environment,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+@pytest.mark.server
+def test_the_commands_act_on_the_store_that_the_environment_names(two, tmp_path):
+    done = command("promote", NAME, "--version", "1", "--who", "Ada", "--why", "first", "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["version"] == 1
+    assert registry.aliases(NAME)["champion"] == 1
+    promotion.promote(NAME, 2, "Bob", "second")
+    assert command("rollback", NAME, "--who", "Ada").returncode == 0
+    assert registry.aliases(NAME)["champion"] == 1
+    listed = command("history", NAME)
+    assert listed.returncode == 0, listed.stderr
+    assert listed.stdout == "".join(f"{promotion.told(entry)}\n" for entry in promotion.history(NAME))
+    assert "promote version 1, by Ada: first\n" in listed.stdout
+    assert "rollback version 1 (champion before: version 2), by Ada" in listed.stdout
+    # No platform of this machine was brought up beside it.
+    assert not (tmp_path / "home" / "platform.json").exists()
+    assert not list((tmp_path / "home").glob("logs/*"))
+    asked = command("ask", NAME, "What is a lease?")
+    assert asked.returncode == 1 and f"{NAME} is not in service" in asked.stderr
+    assert not (tmp_path / "home" / "platform.json").exists()
+
+
+@pytest.mark.server
+def test_what_of_a_cluster_is_not_named_is_said_before_anything_is_written(two):
+    missing = {"MLFLOW_TRACKING_URI": None, "TUNEYARD_SERVING_TOKEN": None}
+    done = command("promote", NAME, "--version", "1", **missing)
+    assert done.returncode == 2
+    assert "MLFLOW_TRACKING_URI, TUNEYARD_SERVING_TOKEN not set" in done.stderr
+    assert len(promotion.history(NAME)) == 2
