@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, StringConstraints, model_validator
@@ -94,15 +95,16 @@ class StageHardware(Settings):
         gpu_resource: extended resource that counts the GPUs; a MIG slice or another maker's has its own.
         shared_memory_gib: size of /dev/shm, which DataLoader workers and NCCL use; counts as memory.
         scratch_gib: size limit of /work, where inputs, outputs and checkpoints are laid.
-        scratch_class: storage class of /work; None: the node's own disk (emptyDir).
+        scratch_class: storage class of /work; None: the node's own disk (emptyDir). Its volumes belong to
+            root, so it wants the cluster set up as k8s/argo has it, which gives them to the pod's group.
         node_selector: labels that a node must have.
         tolerations: taints that are ignored, besides those of GPU nodes and of `spot`.
         spot: run on this provider's spot (pre-emptible) nodes; training goes on from its last checkpoint.
-        retries: attempts after a failed one. A stage that stopped the line stops again at once.
+        retries: attempts after a failed one, 0 for none. A stage that stopped the line stops again at once.
         retry_seconds: before each of them.
         timeout_hours: for one attempt.
         queue: Kueue LocalQueue that admits the pod.
-        priority: Kueue WorkloadPriorityClass of the pod.
+        priority: Kueue WorkloadPriorityClass of the pod, which has to be in a queue.
         secrets: Secret -> its key -> environment variable; named here, never written.
         volumes: claims to mount.
         image_pull_secrets: Secrets with the registry's credentials.
@@ -165,11 +167,23 @@ class HardwareConfig(StageHardware):
         faults += [f"stages.{name}.slices: only evaluate is sliced" for name in sliced if name != "evaluate"]
         if self.slices is not None:
             faults.append("slices: only evaluate is sliced: write stages.evaluate.slices")
+        faults += [
+            f"{where}priority is {own.priority!r} and no queue is named: a priority is Kueue's, which sees "
+            f"the pods of its queues alone; write {where}queue, or leave the priority out"
+            for where, own, queued in self._priorities()
+            if own.priority and not queued
+        ]
         if self.nodes > 1 and not self.gpus_per_node:
             faults.append(f"nodes is {self.nodes} and gpus_per_node 0: say how many GPUs each node has")
         if faults:
             raise ValueError("; ".join(faults))
         return self
+
+    def _priorities(self) -> Iterator[tuple[str, StageHardware, bool]]:
+        """Where a priority may stand, what stands there, and whether any pod that it is for is in a queue."""
+        yield "", self, bool(self.queue or any(own.queue for own in self.stages.values()))
+        for name, own in self.stages.items():
+            yield f"stages.{name}.", own, bool(own.queue or self.queue)
 
     @property
     def processes(self) -> int:

@@ -208,11 +208,13 @@ def _policy(task: Any, stage: str, pipeline: str, asked: StageHardware) -> None:
     from kfp import kubernetes
 
     attempt_seconds = round((asked.timeout_hours or 0) * 3600)
-    if asked.retries:
-        # Argo counts this from the start of the first attempt, and ends what still runs after it: the hour
-        # that is KFP's default would leave a training of a day without any retry (kubeflow/pipelines#14245).
-        window = (asked.retries + 1) * (attempt_seconds + (asked.retry_seconds or 0))
-        task.set_retry(asked.retries, f"{asked.retry_seconds}s", 1.0, f"{window}s")
+    retries = asked.retries or 0
+    # Argo counts this from the start of the first attempt, and ends what still runs after it: the hour that
+    # is KFP's default would leave a training of a day without any retry (kubeflow/pipelines#14245).
+    window = (retries + 1) * (attempt_seconds + (asked.retry_seconds or 0))
+    # Said where there are none too: a task without a policy gets the retries that Argo has by default, ours
+    # (k8s/argo) or those of KFP's own installation.
+    task.set_retry(retries, f"{asked.retry_seconds}s", 1.0, f"{window}s")
     kubernetes.set_timeout(task, attempt_seconds)
     kubernetes.set_security_context(task, run_as_user=USER, run_as_group=USER, run_as_non_root=True)
     if asked.image_pull_secrets:

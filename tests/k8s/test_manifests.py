@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from pathlib import Path
 
 import kubernetes_validate
 import pytest
@@ -12,13 +11,13 @@ import yaml
 from starlette.testclient import TestClient
 
 from k8s import render
+from k8s.reachability import selects
 from pipelines.images import lock
 from serving import app
 from serving.__main__ import DRAIN_SECONDS
 from serving.catalogue import _STOP_SECONDS, Catalogue
 from tests.k8s.manifests import one, pods_of
 
-K8S = Path(__file__).resolve().parents[2] / "k8s"
 KUBERNETES = "1.34"
 # Kinds that Kubernetes itself does not know; tests/k8s/test_custom_resources.py has to do with these.
 CUSTOM = {
@@ -70,12 +69,7 @@ RIGHTS = {
         ("", "secrets", "get", "mlpipeline-minio-artifact"),
     },
     "tuneyard-train": {
-        *(
-            ("trainer.kubeflow.org", "trainjobs", verb, "")
-            for verb in ("create", "get", "list", "watch", "delete")
-        ),
-        ("trainer.kubeflow.org", "trainingruntimes", "get", ""),
-        ("", "pods", "get", ""),
+        *(("trainer.kubeflow.org", "trainjobs", verb, "") for verb in ("create", "get", "delete")),
         ("", "pods", "list", ""),
         ("", "pods/log", "get", ""),
     },
@@ -299,7 +293,23 @@ def test_the_scaler_and_the_budget_are_about_the_server(prod) -> None:
     assert 2 <= scaler["minReplicas"] < scaler["maxReplicas"]
     budget = one(prod, "PodDisruptionBudget", "tuneyard-serving")["spec"]
     assert budget["selector"] == deployment["spec"]["selector"]
-    assert budget["maxUnavailable"] < scaler["minReplicas"]
+
+
+def test_the_budget_is_for_the_servers_pods_and_lets_one_go(objects, overlay) -> None:
+    """KServe gives its pods the labels of the predictor, and makes no budget itself."""
+    budgets = [item["spec"] for item in objects if item["kind"] == "PodDisruptionBudget"]
+    assert budgets == [
+        {
+            "maxUnavailable": 1,
+            "unhealthyPodEvictionPolicy": "AlwaysAllow",
+            "selector": {"matchLabels": {"app.kubernetes.io/component": "serving"}},
+        }
+    ]
+    labels = {name: meta["labels"] for name, _, meta in pods_of(objects)}
+    found = [name for name, own in labels.items() if selects(budgets[0]["selector"], own)]
+    assert found == [
+        "InferenceService tuneyard" if overlay == "prod-kserve" else "Deployment tuneyard-serving"
+    ]
 
 
 def test_every_container_asks_for_memory_and_is_held_to_it(objects) -> None:
@@ -309,19 +319,6 @@ def test_every_container_asks_for_memory_and_is_held_to_it(objects) -> None:
                 resources = container["resources"]
                 assert {"cpu", "memory", "ephemeral-storage"} <= set(resources["requests"]), name
                 assert "memory" in resources["limits"], name
-
-
-# --- Argo -----------------------------------------------------------------------------------------
-
-
-def test_every_template_is_retried_but_no_dag() -> None:
-    text = (K8S / "argo" / "workflow-controller-configmap.yaml").read_text()
-    defaults = yaml.safe_load(yaml.safe_load(text)["data"]["workflowDefaults"])
-    strategy = defaults["spec"]["templateDefaults"]["retryStrategy"]
-    assert strategy["limit"] == "2"
-    assert strategy["retryPolicy"] == "Always"
-    assert "lastRetry.message != ''" in strategy["expression"]
-    assert "not (lastRetry.message startsWith 'child ')" in strategy["expression"]
 
 
 # --- images ---------------------------------------------------------------------------------------

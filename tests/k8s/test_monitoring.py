@@ -19,6 +19,7 @@ from serving.telemetry import Telemetry
 from tests.k8s.manifests import one
 
 CASES = Path(__file__).with_name("alerts.yaml")
+K8S = Path(__file__).resolve().parents[2] / "k8s"
 # Of Argo's controller: its documentation, "Prometheus Metrics", `total_count`.
 ARGO = {"argo_workflows_total_count"}
 ARM = {"version": "1", "digest": "d", "task": "causal-lm", "waiting": 0, "in_flight": 0}
@@ -34,7 +35,10 @@ def rules_of(objects: list[dict]) -> dict:
 def promtool() -> str:
     program = shutil.which("promtool")
     if program is None:
-        pytest.skip("promtool is not on the PATH (Debian: apt-get install prometheus): rules are not tried")
+        pytest.skip(
+            "promtool is not on the PATH: rules are not tried. It is in Debian's prometheus; without root: "
+            "apt-get download prometheus && dpkg -x prometheus_*.deb DIR, then PATH=DIR/usr/bin:$PATH"
+        )
     return program
 
 
@@ -92,6 +96,17 @@ def schedule_metrics(objects: list[dict]) -> set[str]:
     text = one(objects, "ConfigMap", "tuneyard-kube-state-metrics")["data"]["kube-state-metrics.yaml"]
     (resource,) = yaml.safe_load(text)["spec"]["resources"]
     return {f"{resource['metricNamePrefix']}_{metric['name']}" for metric in resource["metrics"]}
+
+
+def test_the_charts_values_tell_of_schedules_as_the_manifests_do(prod) -> None:
+    text = one(prod, "ConfigMap", "tuneyard-kube-state-metrics")["data"]["kube-state-metrics.yaml"]
+    values = yaml.safe_load((K8S / "kube-prometheus-stack.yaml").read_text())["kube-state-metrics"]
+    assert values["customResourceState"] == {"enabled": True, "config": yaml.safe_load(text)}
+    (resource,) = yaml.safe_load(text)["spec"]["resources"]
+    kind = resource["groupVersionKind"]
+    (rule,) = values["rbac"]["extraRules"]
+    read = {"apiGroups": [kind["group"]], "resources": [f"{kind['kind'].lower()}s"]}
+    assert rule == read | {"verbs": ["list", "watch"]}
 
 
 def dashboard_queries(objects: list[dict]) -> dict[str, str]:

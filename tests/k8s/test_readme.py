@@ -12,7 +12,10 @@ import yaml
 
 from components.deploy.config import DeployConfig
 from k8s import render
+from k8s.reachability import Endpoint, Port, allowed
+from tests.k8s.manifests import one
 from tests.k8s.test_manifests import SECRETS, images_of
+from tests.k8s.test_network import MATRIX, Network, policies_of
 
 K8S = Path(__file__).resolve().parents[2] / "k8s"
 README = (K8S / "README.md").read_text()
@@ -82,3 +85,39 @@ def test_the_images_of_others_are_pinned_as_the_instructions_say(objects, tmp_pa
         f"postgres@{digest}",
         f"registry.example/mirror/seaweedfs@{digest}",
     }, done.stderr
+
+
+# --- what may be added to the overlay `local` -----------------------------------------------------
+
+
+@pytest.mark.parametrize("overlay", ["local"])
+def test_the_way_to_the_hub_is_open_with_the_policy_that_is_shown_and_not_before(objects, overlay) -> None:
+    (block,) = [
+        block for block in re.findall(r"```yaml\n(.*?)```", README, re.DOTALL) if "tuneyard-hub" in block
+    ]
+    ends, policies = Network(overlay).endpoints, policies_of(objects)
+    shown = yaml.safe_load(block)
+    for name in ("ingest", "train", "evaluate", "train-node"):
+        assert not allowed(policies, ends[name], ends["internet"], Port(443))
+        assert allowed([*policies, shown], ends[name], ends["internet"], Port(443))
+        for elsewhere in ("neighbour", "metadata-service"):
+            assert not allowed([*policies, shown], ends[name], ends[elsewhere], Port(443))
+
+
+@pytest.mark.parametrize("overlay", ["local"])
+def test_monitoring_is_beside_local_what_it_is_in_prod(objects, overlay, prod) -> None:
+    assert any("kubectl apply --namespace tuneyard -k k8s/base/monitoring " in block for block in BLOCKS)
+    folder = str(K8S / "base" / "monitoring")
+    done = subprocess.run(["kubectl", "kustomize", folder], capture_output=True, text=True, check=True)
+    added = list(yaml.safe_load_all(done.stdout))
+    # kubectl's --namespace is for objects without one, and refuses the others.
+    assert [item["metadata"]["name"] for item in added if "namespace" in item["metadata"]] == []
+    for item in added:
+        item["metadata"]["namespace"] = "tuneyard"
+        assert item == one(prod, item["kind"], item["metadata"]["name"])
+    prometheus = Endpoint("prometheus", "10.244.9.9", **MATRIX["others"]["prometheus"])
+    ends, policies = Network(overlay).endpoints, policies_of(objects)
+    opened = [*policies, *(item for item in added if item["kind"] == "NetworkPolicy")]
+    assert not allowed(policies, prometheus, ends["serving"], Port(8080))
+    assert allowed(opened, prometheus, ends["serving"], Port(8080))
+    assert not allowed(opened, ends["stranger"], ends["serving"], Port(8080))
