@@ -42,15 +42,18 @@ def padded(model: Any, tokenizer: Any, batch: Sequence[Sequence[int]]) -> Mappin
         batch: token ids of each text.
 
     Returns:
-        What the tokenizer gives with `input_ids`, each [texts, columns]: the longest text, rounded up.
+        What the tokenizer gives with `input_ids`, each [texts, columns], padded on the right: the columns are
+        the tokens of the longest text, rounded up.
     """
     longest = max(map(len, batch))
     most = window.of_model(model) or longest
     columns = max(longest, min(-(-longest // _LENGTHS_OF) * _LENGTHS_OF, most))
     lists = {"input_ids": [list(ids) for ids in batch]}
-    return tokenizer.pad(lists, padding="max_length", max_length=columns, return_tensors="pt").to(
-        causal.device()
+    # On the right, whatever the tokenizer's own side: what is read at a token counts from the left.
+    made = tokenizer.pad(
+        lists, padding="max_length", max_length=columns, padding_side="right", return_tensors="pt"
     )
+    return made.to(causal.device())
 
 
 def mean_pooled(hidden: Any, mask: Any) -> Any:

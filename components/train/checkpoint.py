@@ -79,10 +79,26 @@ def save(folder: Path, step: int, tensors: Mapping[str, Mapping[str, Any]], stat
     for path in aside.iterdir():
         with path.open("rb") as stream:
             os.fsync(stream.fileno())
-    os.replace(aside, folder / f"step-{step}")
+    path = folder / f"step-{step}"
+    _place(aside, path)
     for old in _steps(folder)[keep:]:
         shutil.rmtree(old)
-    return folder / f"step-{step}"
+    return path
+
+
+def _place(aside: Path, path: Path) -> None:
+    """Give a folder its name, from which moment it counts; what had the name (damaged, or cut off) goes."""
+    before = path.with_name(f".{path.name}-before")
+    shutil.rmtree(before, ignore_errors=True)
+    if path.exists():
+        os.replace(path, before)
+    os.replace(aside, path)
+    entry = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(entry)  # the new name itself, should the power fail
+    finally:
+        os.close(entry)
+    shutil.rmtree(before, ignore_errors=True)
 
 
 def _steps(folder: Path) -> list[Path]:

@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from components.shared import causal, clock, interrupts
+from components.shared import causal, clock, interrupts, prompts
 from components.shared.progress import Progress
 from components.train import checkpoint, measures, shards
 from components.train.config import TrainConfig
@@ -144,6 +144,7 @@ def _save(now: Ongoing, folder: Path, config: TrainConfig, saved: Callable[[Path
         path = now.save(folder, config)
         if path:
             saved(path)
+        now.saved = now.done  # not before: cut off within either, it is done again
 
 
 @contextlib.contextmanager
@@ -209,7 +210,8 @@ def _begin(
     objective.model.train()
     found = checkpoint.newest(folder, state.before)
     if found is None:
-        losses = judge()
+        with prompts.unread(objective.model):  # what a soft prompt begins as is not the base
+            losses = judge()
         state.base_loss, state.range_test = losses["eval_loss"], made.range_test
         original = state.first["original"] if state.first else losses
         state.base_retention_loss = original.get("retention_loss", math.nan)

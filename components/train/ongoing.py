@@ -61,7 +61,7 @@ class Ongoing:
         state: how it went so far; its history has a row for each update.
         best: this process's parts of the weights of the best evaluation.
         random: random state after the last update.
-        saved: updates in the newest checkpoint.
+        saved: updates in the newest checkpoint that is where it belongs, in the store too.
         tokens: trained on by this process.
         seconds: that took.
     """
@@ -120,7 +120,7 @@ class Ongoing:
         Returns:
             Its folder, in the process that writes.
         """
-        layout, self.saved = self.layout, self.done
+        layout = self.layout
         if not layout.ranks.writes and not layout.in_pieces:
             return None
         tensors = {

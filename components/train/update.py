@@ -21,7 +21,7 @@ from components.train.sharding.whole import Whole
 
 
 def learning_rate(step: int, steps: int, config: TrainConfig) -> float:
-    """Rate of update `step` (from 0): linear warm-up, then a cosine down to min_learning_rate.
+    """Rate of update `step` (from 0): linear warm-up, then a cosine or a line down to min_learning_rate.
 
     The peak is reached on the last update of the warm-up (Loshchilov and Hutter 2017, arXiv:1608.03983).
     """
@@ -31,7 +31,8 @@ def learning_rate(step: int, steps: int, config: TrainConfig) -> float:
         return peak * (step + 1) / warmup
     progress = (step - warmup) / max(1, steps - warmup)
     floor = min(config.min_learning_rate, peak)
-    return floor + (peak - floor) * 0.5 * (1 + math.cos(math.pi * progress))
+    left = 1 - progress if config.decay == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
+    return floor + (peak - floor) * left
 
 
 def make_optimizer(model: Any, config: TrainConfig) -> Any:

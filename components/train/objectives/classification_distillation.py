@@ -23,17 +23,30 @@ log = logging.getLogger("tuneyard.train")
 _TEACHER_TOKENS = 8192
 
 
+@dataclass
+class Verdict:
+    """What the teacher makes of a text.
+
+    Args:
+        logits: in the order of the student's labels; empty for a text that it does not read.
+    """
+
+    logits: list[float] = field(default_factory=list)
+
+
 @dataclass(frozen=True)
 class Taught(Labelled):
     """A labelled text, as its teacher's tokenizer reads it, and what the teacher makes of it.
 
+    Its verdict comes later and must be kept with it: such an example has no form on disk (see shards.py).
+
     Args:
         theirs: token ids of the teacher.
-        logits: of the teacher, in the order of the student's labels; empty for a text that it does not read.
+        verdict: of the teacher.
     """
 
     theirs: list[int] = field(default_factory=list, compare=False)
-    logits: list[float] = field(default_factory=list, compare=False)
+    verdict: Verdict = field(default_factory=Verdict, compare=False)
 
 
 class ClassificationDistillation(Noting, Classification):
@@ -96,9 +109,11 @@ class ClassificationDistillation(Noting, Classification):
                 batch = encoders.padded(reads.model, reads.tokenizer, theirs)
                 logits = reads.model(**batch).logits.float()[:, self._columns].tolist()
                 for index, row in zip(indices, logits, strict=True):
-                    encoded[index].logits[:] = row
+                    encoded[index].verdict.logits = row
                 progress.advance(len(indices))
         self._teacher = replace(reads, model=None)  # it has said all that it is asked for
+        if not all(each.verdict.logits for each in encoded):
+            raise RuntimeError("what the teacher said was not kept: examples are made anew when asked for")
 
     def summed_loss(self, batch: Sequence[Any], label_smoothing: float) -> Any:
         """See Objective; a text that the teacher did not read has the hard loss alone."""
@@ -109,10 +124,10 @@ class ClassificationDistillation(Noting, Classification):
         logits = self.model(**inputs).logits.float()
         labels = torch.tensor([e.label for e in batch], device=logits.device)
         hard = torch.nn.functional.cross_entropy(logits, labels, reduction="none")
-        of = [at for at, each in enumerate(batch) if each.logits]
+        of = [at for at, each in enumerate(batch) if each.verdict.logits]
         if not of:
             return hard.sum()
-        theirs = logits.new_tensor([batch[at].logits for at in of])
+        theirs = logits.new_tensor([batch[at].verdict.logits for at in of])
         soft = divergences.nats(theirs, logits[of], settings.temperature, "forward").sum()
         self.note(hard_loss=float(hard.detach().sum()), divergence=float(soft.detach()))
         weights = logits.new_ones(len(batch))

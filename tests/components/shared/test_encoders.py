@@ -49,6 +49,15 @@ def test_a_wider_batch_says_the_same(encoder):
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
 
 
+def test_a_tokenizer_that_pads_on_the_left_is_not_asked_where(encoder, tiny_encoder):
+    """What is read at a token (a tag, a hidden word) counts from the left."""
+    other = AutoTokenizer.from_pretrained(tiny_encoder, padding_side="left")
+    batch = drawn(7, 19)
+    found, expected = (encoders.padded(encoder[0], each, batch) for each in (other, encoder[1]))
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    assert found["input_ids"][0, :7].tolist() == batch[0]
+
+
 def test_a_batch_is_not_made_wider_than_the_model(encoder):
     model = BertModel(BertConfig(**SIZES))
     assert encoders.padded(model, encoder[1], drawn(35))["input_ids"].shape[1] == 40

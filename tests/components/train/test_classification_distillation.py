@@ -207,6 +207,9 @@ def test_a_teacher_and_then_its_student_of_half_the_layers(tiny_encoder, tmp_pat
     config = settings_for(teacher, {"student": {"layers": [1]}}, max_steps=15, learning_rate=1e-3)
     assert config.base_model == str(teacher)
     card, document, said, judged = line(tmp_path / "student", inputs, config)
+    _, *history = jsonl.read(tmp_path / "student" / "train-out" / "ledger" / "history.jsonl")
+    # What was tokenised may come from a file: the teacher's part must still be there in each update.
+    assert len(history) == 15 and all(row["divergence"] > 0 for row in history)
     assert card.task == "classification" and card.teacher.uri == str(teacher)
     assert card.layout == "transformers" and card.labels == ["earn", "law"]
     assert json.loads((judged["model"].path / "config.json").read_text())["num_hidden_layers"] == 1

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import random
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +15,9 @@ from safetensors.torch import save_file
 
 from benchmarks.kill import SETTINGS
 from benchmarks.killing import OURS, TRAINER, Contender, Kill, ask, contend, draw_kills
+from components.train import checkpoint
+
+ROOT = Path(__file__).resolve().parents[3]
 
 
 def rows(count):
@@ -48,6 +54,27 @@ def test_the_trainer_dies_by_the_same_list(tiny_causal, tmp_path):
     assert found["left_alone_twice_is_bit_identical"]
     # What it stopped at was deleted, and it ended all the same.
     assert sum(found["errors"].values()) == found["resumes_that_failed"] <= 2
+
+
+@pytest.mark.slow
+def test_sigterm_leaves_a_checkpoint_of_every_update_within_ten_seconds(tiny_causal, tmp_path):
+    """At a moment nobody chose, most likely within an update or a save: those take nearly all of the time."""
+    command = [sys.executable, "-m", "tests.components.train.told_to_stop", str(tiny_causal), str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT) as process:
+        done = 0
+        while done < 10:
+            line = process.stdout.readline()
+            assert line, process.wait()
+            done = int(line)
+        time.sleep(random.Random(time.time_ns()).random())
+        process.terminate()
+        began = time.monotonic()
+        done = max([done, *map(int, process.stdout.read().split())])
+        process.wait()
+    assert time.monotonic() - began < 10
+    assert process.returncode != 0
+    found = checkpoint.newest(tmp_path)
+    assert found and done <= found[1]["step"] <= done + 1 and found[0].name == f"step-{found[1]['step']}"
 
 
 class Plain:

@@ -172,7 +172,7 @@ def test_pieces_by_fsdp2_go_on_from_a_checkpoint_as_if_nothing_had_been(fsdp2, a
 def zero(tiny_causal, tmp_path_factory):
     cases = [
         case(tiny_causal, "zero1", "zero1"),
-        case(tiny_causal, "zero2", "zero2", "full"),
+        case(tiny_causal, "zero2", "zero2/cpu", "full"),
         case(tiny_causal, "zero2-cut", "zero2/cpu", "full", "cut-off"),
         case(tiny_causal, "zero3", "zero3"),
         case(tiny_causal, "zero3-cut", "zero3", way="cut-off"),

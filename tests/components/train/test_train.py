@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import random
 
 import pytest
@@ -151,11 +152,24 @@ def test_learning_rate_warms_up_and_falls_to_its_floor():
     assert 1e-5 <= rates[-1] < 2e-5
 
 
+def test_a_linear_decay_is_that_of_transformers():
+    from transformers import get_linear_schedule_with_warmup
+
+    config = settings_for(learning_rate=1e-3, min_learning_rate=0.0, warmup_fraction=0.1, decay="linear")
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1e-3)
+    theirs = get_linear_schedule_with_warmup(optimizer, 10, 100)
+    for step in range(100):
+        if step >= 10:  # its warm-up begins at nothing, ours one update further up
+            assert learning_rate(step, 100, config) == pytest.approx(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        theirs.step()
+
+
 class Killed(BaseException):
     """Ends a fit as SIGKILL does: nothing is done about it."""
 
 
-def _trained(tiny_causal, folder, config, crash_after=None, how=Killed):
+def _trained(tiny_causal, folder, config, crash_after=None, how=Killed, saved=lambda path: None):
     sft = Sft(tiny_causal, "float32")
     torch.manual_seed(config.seed)
     apply_adapter(sft, config)
@@ -171,7 +185,7 @@ def _trained(tiny_causal, folder, config, crash_after=None, how=Killed):
             return original(batch, smoothing)
 
         sft.summed_loss = counted
-    state = fit(sft, encoded[:20], encoded[20:], config, "float32", folder, lambda *_: None)
+    state = fit(sft, encoded[:20], encoded[20:], config, "float32", folder, lambda *_: None, saved=saved)
     return checkpoint.copy_weights(sft.model), state
 
 
@@ -206,6 +220,40 @@ def test_a_damaged_checkpoint_is_passed_over(tiny_causal, tmp_path, caplog):
     weights.write_bytes(raw)
     found = checkpoint.newest(tmp_path)
     assert found and found[0].name == "step-6" and "step-9" in caplog.text
+    # The training comes by there again: what is written then takes the damaged one's place.
+    with pytest.raises(Killed):
+        _trained(tiny_causal, tmp_path, config, 4)
+    found = checkpoint.newest(tmp_path)
+    assert found and found[0].name == "step-9" and not list(tmp_path.glob(".*"))
+    resumed, _ = _trained(tiny_causal, tmp_path, config)
+    whole, _ = _trained(tiny_causal, tmp_path / "whole", config)
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+@pytest.mark.parametrize("at", ["written", "stored"])
+def test_an_interruption_within_a_save_loses_no_update(tiny_causal, tmp_path, monkeypatch, at):
+    """Whether a file of the checkpoint is being written then, or the whole is on its way to the store."""
+    config = settings_for(epochs=3, per_device_batch_size=4, checkpoint_steps=3, learning_rate=1e-3)
+    stored, begun = [], {"written": 0, "stored": 0}
+
+    def interrupt(place, second):
+        begun[place] += 1
+        if place == at and begun[place] == second:
+            raise KeyboardInterrupt
+
+    def sync(descriptor, real=os.fsync):
+        interrupt("written", 8)  # one of the second checkpoint: each has four files or five, and a folder
+        real(descriptor)
+
+    def store(path):
+        interrupt("stored", 2)
+        stored.append(path.name)
+
+    monkeypatch.setattr(checkpoint.os, "fsync", sync)
+    with pytest.raises(KeyboardInterrupt):
+        _trained(tiny_causal, tmp_path, config, saved=store)
+    assert checkpoint.newest(tmp_path)[0].name == "step-6"
+    assert stored == ["step-3", "step-6"]
 
 
 def test_the_base_stays_as_it_was_under_lora(tiny_causal, tmp_path):
