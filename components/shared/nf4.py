@@ -215,3 +215,12 @@ def held_bytes(model: Any) -> int:
         if isinstance(module, linear_class())
         for buffer in module.buffers(recurse=False)
     )
+
+
+def stored_bytes(model: Any) -> int:
+    """Bytes that those took before they were quantised."""
+    return sum(
+        module.in_features * module.out_features * module.stored_dtype.itemsize
+        for module in model.modules()
+        if isinstance(module, linear_class())
+    )

@@ -14,6 +14,8 @@ from __future__ import annotations
 
 import functools
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Literal
 
 from components.shared import families
@@ -63,9 +65,29 @@ def add(model: Any, kind: Kind, tokens: int, projection: int = 0) -> None:
             )
         else:
             prompt = _module(torch.randn(tokens, rows) * _DEVIATION)
+    prompt.unread = False
     inside.add_module(CHILD, prompt.to(device))
     before = _before_words if kind == "prompt" else _before_layers
     _read_first(inside, list(takes), before)
+
+
+def of(model: Any) -> Any | None:
+    """The soft prompt that a model reads; None where there is none."""
+    return next((module for name, module in model.named_modules() if name.split(".")[-1] == CHILD), None)
+
+
+@contextmanager
+def unread(model: Any) -> Iterator[None]:
+    """While it lasts, a model reads the text alone: it is its base. One without a soft prompt always does."""
+    prompt = of(model)
+    before = prompt.unread if prompt is not None else False
+    try:
+        if prompt is not None:
+            prompt.unread = True
+        yield
+    finally:
+        if prompt is not None:
+            prompt.unread = before
 
 
 def _module(values: Any) -> Any:
@@ -135,6 +157,8 @@ def _read_first(inside: Any, names: list[str], before: Any) -> None:
 
     @functools.wraps(original)
     def forward(*args: Any, **kwargs: Any) -> Any:
+        if inside.soft_prompt.unread:
+            return original(*args, **kwargs)
         given = dict(zip(names, args, strict=False)) | kwargs
         extra = before(inside, given)
         output = original(**given)

@@ -11,6 +11,7 @@ from components.shared.settings import Settings
 from components.train.adapters.config import KINDS, AdapterConfig
 from components.train.first import First, filled, phase
 from components.train.objectives.config import ObjectiveConfig
+from components.train.retain_config import Retain, faults
 from components.train.search.config import SearchConfig
 
 
@@ -32,36 +33,6 @@ _INSTEAD = {
     "masked-language-modeling": "put both sources into one corpus, or train twice",
     "seq2seq": "an encoder-decoder has no objective for documents",
 }
-# Objectives that implement `outputs`: the base, without a new head, predicts the same.
-_PREDICTED = ("sft",)
-
-
-class Retain(Settings):
-    """A set of examples that the model must not forget, and how it is held to it.
-
-    The loss on some of them is judged beside eval. The three ways can be had together; with none of them
-    forgetting is only measured.
-
-    Args:
-        source: s3:// prefix, local folder or file: JSON lines with the fields of the objective's data.
-        judged_examples: how many are judged, at most half of them; they are never trained on.
-        replay: fraction (0-1) of the examples of all updates that come from the set; 0 for none. A hundredth
-            helps already.
-        ewc: strength of elastic weight consolidation (Kirkpatrick et al. 2017, arXiv:1612.00796, lambda of
-            equation 3), which holds weights that matter for the set near the base's; 0 for none. Its scale
-            depends on the model: compare `ewc_penalty`, in the curves, with the loss.
-        fisher_examples: how many examples tell which weights matter.
-        distil_from_base: weight of the mean divergence, in nats, of the model's predictions from the base's,
-            on all examples of an update (Li and Hoiem 2016, arXiv:1606.09282); 0 for none. It costs about
-            as much again as the update.
-    """
-
-    source: str
-    judged_examples: int = Field(32, ge=1)
-    replay: float = Field(0.0, ge=0, lt=1)
-    ewc: float = Field(0.0, ge=0, allow_inf_nan=False)
-    fisher_examples: int = Field(64, ge=1)
-    distil_from_base: float = Field(0.0, ge=0, allow_inf_nan=False)
 
 
 class TrainConfig(Settings):
@@ -77,8 +48,9 @@ class TrainConfig(Settings):
         max_steps: optimizer updates; not beside epochs.
         learning_rate: peak, reached after warm-up, or `auto`: found by a range test before the first step
             (Smith 2017, arXiv:1506.01186); where none is given the adapter's usual one, see its config.py.
-        min_learning_rate: where the cosine ends.
+        min_learning_rate: where the decay ends.
         warmup_fraction: of all steps, 0-1.
+        decay: how the learning rate falls after it: on a cosine, or on a line.
         per_device_batch_size: examples in one forward pass.
         gradient_accumulation_steps: forward passes in one optimizer update.
         weight_decay: of AdamW, on matrices only.
@@ -94,7 +66,7 @@ class TrainConfig(Settings):
             float32.
         gradient_checkpointing: trade a third more arithmetic for activation memory.
         first: domain text that is learnt before the task, see First; null for none.
-        retain: what must not be forgotten, see Retain; null for nothing.
+        retain: what must not be forgotten, see retain_config.py; null for nothing.
         early_stopping: see EarlyStopping; null switches it off.
         eval_steps: optimizer updates between evaluations on eval; None: ten times in the run.
         checkpoint_steps: optimizer updates between checkpoints.
@@ -113,6 +85,7 @@ class TrainConfig(Settings):
     learning_rate: Annotated[float, Field(gt=0)] | Literal["auto"]
     min_learning_rate: float = Field(1e-6, ge=0)
     warmup_fraction: float = Field(0.1, ge=0, le=1)
+    decay: Literal["cosine", "linear"] = "cosine"
     per_device_batch_size: int = Field(8, ge=1)
     gradient_accumulation_steps: int = Field(1, ge=1)
     weight_decay: float = Field(0.01, ge=0)
@@ -154,13 +127,10 @@ class TrainConfig(Settings):
         return self.learning_rate
 
     @model_validator(mode="after")
-    def _base_predicts(self) -> TrainConfig:
-        if self.retain and self.retain.distil_from_base and self.objective.kind not in _PREDICTED:
-            raise ValueError(
-                f"retain.distil_from_base ({self.retain.distil_from_base:g}) needs a base that predicts what "
-                f"{self.objective.kind} trains (it goes with {', '.join(_PREDICTED)}): use retain.replay or "
-                "retain.ewc"
-            )
+    def _retains(self) -> TrainConfig:
+        found = faults(self.retain, self.objective.kind, self.adapter) if self.retain else []
+        if found:
+            raise ValueError("; ".join(found))
         return self
 
     @model_validator(mode="after")

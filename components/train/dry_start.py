@@ -93,13 +93,32 @@ def _quiet() -> Iterator[None]:
         yield
 
 
-def hold(objective: Objective, rows: Sequence[dict[str, Any]], config: TrainConfig, arithmetic: Any) -> None:
-    """Hold the objective to its retention set."""
+def hold(
+    objective: Objective,
+    encoded: Sequence[Any],
+    rows: Sequence[dict[str, Any]],
+    config: TrainConfig,
+    arithmetic: Any,
+) -> None:
+    """Hold the objective to its retention set.
+
+    Args:
+        objective: with its adapter.
+        encoded: train examples, among which some of the set may be replayed.
+        rows: of the set.
+        config: settings.
+        arithmetic: context of a forward pass.
+    """
     found = retention.encode(objective, rows, config)
     # The Fisher information takes as much memory however many examples tell it.
     longest = sorted(found.kept, key=len)[-2:]
-    holding.hold(objective, replace(found, kept=longest), config, arithmetic)
-    objective.retained = found
+    with _quiet():
+        holding.hold(objective, replace(found, kept=longest), config, arithmetic)
+        objective.retained = found
+        run = {id(each): each for micro in heaviest(objective, encoded, config) for each in micro}
+        replayed = [each for each in found.kept if id(each) in run]
+        if replayed:
+            objective.prepare_retained(replayed, arithmetic)
 
 
 def heaviest(objective: Objective, encoded: Sequence[Any], config: TrainConfig) -> list[list[Any]]:

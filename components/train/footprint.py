@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from components.shared import causal, tasks
+from components.shared import causal, nf4, tasks
 from components.shared.dryrun import Live, no_weights_read, shapes_only
 from components.train import checkpoint, dry_start, phases, selfcheck
 from components.train.adapters.applying import weight_counts
@@ -149,7 +149,9 @@ def _phase(
     """A phase, in the order of beginning.ready; and the weights it moved."""
     live.mark()
     objective = open_objective(config, rows, folder, beside.reward_model, beside.teacher)
-    loaded, precision = live.bytes, computed_in(config)
+    # What qlora quantised had been read whole.
+    loaded = live.bytes + nf4.stored_bytes(objective.model) - nf4.held_bytes(objective.model)
+    precision = computed_in(config)
     arithmetic = partial(autocast, precision)
     dry_start.answered(objective, rows)
     encoded = dry_start.encoded(objective, rows, config)
@@ -162,7 +164,7 @@ def _phase(
     objective.start()
     selfcheck.measure(objective, checked, precision)
     if config.retain:
-        dry_start.hold(objective, beside.retained, config, arithmetic)
+        dry_start.hold(objective, encoded, beside.retained, config, arithmetic)
     batches = dry_start.heaviest(objective, encoded, config)
     before = live.peak
     peak, held = _update(objective, config, batches, live)

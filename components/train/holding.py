@@ -14,6 +14,7 @@ from typing import Any
 from components.shared import clock
 from components.shared.store import Store
 from components.train import checkpoint
+from components.train.adapters import switch
 from components.train.config import TrainConfig
 from components.train.objectives.base import Objective
 from components.train.ranks import Ranks
@@ -96,7 +97,7 @@ class Base:
     def __init__(self, model: Any) -> None:
         self._model = model
         self._copy: dict[str, Any] = {}
-        if not hasattr(model, "disable_adapter"):
+        if not switch.possible(model):
             log.info("train: a copy of the base's weights is kept beside the model, for its predictions")
             self._copy = {name: weight.detach().clone() for name, weight in model.named_parameters()}
 
@@ -113,7 +114,7 @@ class Base:
                 moved[name] = weight.data
                 weight.data = self._copy[name]
         try:
-            with torch.no_grad(), nullcontext() if self._copy else self._model.disable_adapter():
+            with torch.no_grad(), switch.off(self._model):
                 yield
         finally:
             for name, weight in self._model.named_parameters():
@@ -207,6 +208,8 @@ def hold(
     """
     assert config.retain is not None
     objective.retained = retained
+    with switch.off(objective.model):
+        objective.prepare_retained([*retained.judged, *retained.kept], arithmetic)
     objective.penalties = []
     if config.retain.ewc:
         kept = retained.kept[: config.retain.fisher_examples]

@@ -71,8 +71,7 @@ def _wrap(objective: Objective, config: TrainConfig) -> None:
     from peft import get_peft_model
 
     adapter = config.adapter
-    if isinstance(adapter, QloraAdapter):
-        _quantise(objective.model)
+    quantise(objective, config)
     peft = _low_rank(adapter, objective) if isinstance(adapter, LowRank) else _ia3(objective)
     try:
         objective.model = get_peft_model(objective.model, peft)
@@ -91,7 +90,17 @@ def _wrap(objective: Objective, config: TrainConfig) -> None:
     objective.model.peft_config["default"].base_model_name_or_path = config.base_model
 
 
-def _quantise(model: Any) -> None:
+def quantise(objective: Objective, config: TrainConfig) -> None:
+    """Hold the base in NF4 where its adapter is trained on such a one; what is quantised stays as it is.
+
+    Whatever an objective asks of its base (the likelihoods of dpo) must be asked after this.
+
+    Raises:
+        TuneyardError: the model has no layers for it.
+    """
+    model = objective.model
+    if not isinstance(config.adapter, QloraAdapter) or nf4.held(model):
+        return
     before = sum(module.weight.nbytes for _, module in nf4.linears(model))
     if not before:
         raise TuneyardError(f"{type(model).__name__} has no linear layers to quantise", "use adapter lora")

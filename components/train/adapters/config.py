@@ -18,6 +18,7 @@ class Adapter(Settings):
         beside: whether it stays beside its base, since it cannot be merged into the base's weights.
         frozen: whether the base's own weights stay as they are, and so may be held in 16 bits.
         exact: whether `precision: auto` is float32 on any processor.
+        base_inside: whether it can be switched off (see switch.py), so that the model holds its base.
     """
 
     usual_rate: ClassVar[float]
@@ -25,6 +26,7 @@ class Adapter(Settings):
     beside: ClassVar[bool] = False
     frozen: ClassVar[bool] = True
     exact: ClassVar[bool] = False
+    base_inside: ClassVar[bool] = False
 
 
 class OwnWeights(Adapter):
@@ -109,6 +111,7 @@ class LowRank(Adapter):
 
     usual_rate: ClassVar[float] = 2e-4
     most: ClassVar[float] = 0.1
+    base_inside: ClassVar[bool] = True
     rank: int = Field(16, ge=1)
     alpha: float = Field(32.0, gt=0)
     dropout: float = Field(0.1, ge=0, lt=1)
@@ -138,6 +141,7 @@ class Ia3Adapter(Adapter):
 
     usual_rate: ClassVar[float] = 3e-3
     most: ClassVar[float] = 0.1
+    base_inside: ClassVar[bool] = True
     kind: Literal["ia3"]
 
 
@@ -179,6 +183,7 @@ class SoftPrompt(Adapter):
 
     most: ClassVar[float] = 0.01
     beside: ClassVar[bool] = True
+    base_inside: ClassVar[bool] = True
     tokens: int = Field(20, ge=1)
 
 

@@ -13,6 +13,7 @@ from components.shared import causal, chat, examples, generation, packed, reward
 from components.shared.causal import Encoded
 from components.shared.loss import token_cross_entropy
 from components.shared.tasks import Task
+from components.train.adapters import switch
 from components.train.objectives.base import Arithmetic, base_settings
 from components.train.objectives.config import GrpoObjective, PpoObjective, RlooObjective
 from components.train.objectives.noting import Noting
@@ -194,7 +195,7 @@ class Answering(Noting):
     def _base_log_probs(self, sequences: Sequence[Encoded]) -> list[Any]:
         if self._base is not None:
             return self._log_probs(sequences, self._base)
-        with self.model.disable_adapter():
+        with switch.off(self.model):
             return self._log_probs(sequences)
 
     def _noted(self, said: Said, now: Sequence[Any], base: Sequence[Any]) -> dict[str, float]:

@@ -186,6 +186,9 @@ class Objective(ABC):
     def prepare(self, encoded: Sequence[Any], arithmetic: Arithmetic) -> None:
         """Called once with all examples while the model still is the base, before the adapter is on it."""
 
+    def prepare_retained(self, encoded: Sequence[Any], arithmetic: Arithmetic) -> None:
+        """Called once with all of the retention set, while the model computes what the base does."""
+
     def start(self) -> None:
         """Called before the first update, with the adapter on the model."""
 

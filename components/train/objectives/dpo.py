@@ -80,6 +80,10 @@ class Dpo(Noting):
                     pair.reference = chosen, rejected
                 progress.advance(len(batch))
 
+    def prepare_retained(self, encoded: Sequence[Pair], arithmetic: Arithmetic) -> None:
+        """See Objective: the reward of these answers, too, is measured against the base."""
+        self.prepare(encoded, arithmetic)
+
     def log_likelihoods(self, batch: Sequence[Pair]) -> Any:
         """Of both answers of each pair under the model as it is: [2 x pairs] nats, the chosen one first."""
         import torch

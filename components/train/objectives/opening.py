@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from components.shared import causal
+from components.train.adapters.applying import quantise
 from components.train.config import TrainConfig
 from components.train.objectives.answering import judge_of
 from components.train.objectives.base import Objective, choose_attention
@@ -62,7 +63,7 @@ def open_objective(
     reward_folder: Path | None = None,
     teacher_folder: Path | None = None,
 ) -> Objective:
-    """The objective over the base model in `folder`; every weight as the base has it.
+    """The objective over the base model in `folder`; every weight as the base has it, in NF4 under qlora.
 
     Args:
         config: settings.
@@ -92,7 +93,7 @@ def open_objective(
             objective = Reward(folder, config.objective, config.dropout)
         case PpoObjective():
             assert reward_folder is not None  # whoever reads the pipeline file gives it with this objective
-            judge, inside = judge_of(reward_folder), config.adapter.kind == "lora"
+            judge, inside = judge_of(reward_folder), config.adapter.base_inside
             objective = Ppo(folder, held_in(config), config.objective, judge, inside)
         case GrpoObjective() | RlooObjective():
             objective = _grouped(config, config.objective, folder, reward_folder)
@@ -102,6 +103,7 @@ def open_objective(
             objective = SpeechRecognition(folder, config, rows)
         case _:
             objective = _encoder(config, rows, folder)
+    quantise(objective, config)
     choose_attention(objective, config.max_length, computed_in(config))
     return objective
 
@@ -133,7 +135,7 @@ def _grouped(
 ) -> Objective:
     """An objective that compares answers."""
     judge = judge_of(reward_folder) if reward_folder else None
-    inside = config.adapter.kind == "lora"
+    inside = config.adapter.base_inside
     if isinstance(asked, GrpoObjective):
         return Grpo(folder, held_in(config), asked, judge, inside)
     return Rloo(folder, held_in(config), asked, judge, inside)

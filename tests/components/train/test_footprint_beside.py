@@ -128,6 +128,27 @@ def test_what_a_dry_run_holds_a_real_one_does(tiny_causal, teacher, judge, name)
     assert dry == pytest.approx(really_held(config, tiny_causal, data, beside), rel=0.03)
 
 
+def test_a_dry_run_of_pairs_is_told_the_reference_of_those_that_are_replayed(tiny_causal):
+    data = rows(4, prompt="rent", chosen="paid", rejected="due")
+    kept = rows(12, prompt="rent " * 9, chosen="paid " * 9, rejected="due " * 9)  # so these are the heaviest
+    retain = {"source": "s", "judged_examples": 2, "replay": 0.9, "ewc": 1.0}
+    config = settings(tiny_causal, objective="dpo", adapter="full", retain=retain)
+    found = footprint.predict(config, Path(tiny_causal), data, 0, Beside(retained=kept))
+    assert found.peak_bytes > found.held_bytes > 0
+
+
+def test_what_qlora_quantises_is_read_whole_first(tiny_causal):
+    loaded, held = [], []
+    for kind in ("lora", "qlora"):
+        config = settings(tiny_causal, objective="dpo", adapter=kind)
+        data = rows(4, prompt="rent " * 20, chosen="paid " * 9, rejected="due " * 9)
+        found = footprint.predict(config, Path(tiny_causal), data, 0)
+        loaded.append(found.load_bytes)
+        held.append(found.held_bytes)
+    # The scales of a tiny layer lie in a block of 256.
+    assert loaded[1] == pytest.approx(loaded[0], rel=0.1) and held[1] < 0.95 * held[0]
+
+
 def test_a_teachers_states_are_kept_of_every_example_and_its_body_goes(tiny_causal, teacher):
     config = settings(tiny_causal, objective={"kind": "distillation", "teacher": "t"})
     data = answered(4)

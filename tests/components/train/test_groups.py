@@ -11,6 +11,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 
+from components.shared.causal import Encoded
 from components.shared.errors import TuneyardError
 from components.train import checkpoint, selfcheck
 from components.train.adapters.applying import apply_adapter
@@ -20,6 +21,7 @@ from components.train.objectives import groups
 from components.train.objectives.base import choose_attention
 from components.train.objectives.group_config import AnswerReward, FormatReward
 from components.train.objectives.groups import Drawn, Grpo, Rloo
+from components.train.objectives.opening import open_objective
 from tests.trl_source import method
 
 ORIGIN = {"file": "prompts.jsonl", "line": 3, "part": "main"}
@@ -57,7 +59,7 @@ LETTERS = "abcdefghijklmnopqrst"
 
 def opened(folder, config, judge=None):
     torch.manual_seed(config.seed)
-    inside = config.adapter.kind == "lora"
+    inside = config.adapter.base_inside
     kind = KINDS[config.objective.kind]
     objective = kind(folder, "float32", config.objective, judge or share_of(LETTERS), inside)
     choose_attention(objective, config.max_length)
@@ -181,6 +183,25 @@ def test_answers_of_a_group_are_drawn_together_and_measured_against_the_base(tin
         logits = objective.model(input_ids=ids).logits[0, len(each.prompt) - 1 : -1].log_softmax(-1)
     expected = logits.gather(1, torch.tensor(each.answer)[:, None])[:, 0]
     torch.testing.assert_close(each.base_log_probs, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("adapter", ["lora", "qlora", "ia3", "prompt", "prefix"])
+def test_the_base_is_the_model_itself_with_its_adapter_off(tiny_causal, tmp_path, adapter):
+    config = settings_for("grpo", {"rewards": [{"kind": "answer"}]}, adapter=adapter)
+    objective = open_objective(config, [], tiny_causal)
+    prompts = [objective.encode({**row, "completion": "x"}) for row in rows(2)]
+    sequences = [Encoded(each.prompt, [5, 6, 7]) for each in prompts]
+    with torch.no_grad():
+        expected = torch.cat(objective._log_probs(sequences))  # before there is an adapter
+        objective.prepare(prompts, nullcontext)
+        apply_adapter(objective, config)
+        for weight in checkpoint.trainable(objective.model).values():
+            weight.add_(0.5 * torch.randn_like(weight))
+        found = torch.cat(objective._base_log_probs(sequences))
+        now = torch.cat(objective._log_probs(sequences))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(now, expected, rtol=1e-3, atol=1e-3)
+    assert objective._base is None  # a second model would be held for nothing
 
 
 @pytest.mark.parametrize("kind", KINDS)

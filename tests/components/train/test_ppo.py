@@ -44,7 +44,7 @@ def share_of(letters):
 
 def ppo(folder, config, judge=None):
     torch.manual_seed(config.seed)
-    inside = config.adapter.kind == "lora"
+    inside = config.adapter.base_inside
     objective = Ppo(folder, "float32", config.objective, judge or share_of("abcdefghijklmnopqrst"), inside)
     choose_attention(objective, config.max_length)
     objective.prepare([], nullcontext)

@@ -13,13 +13,14 @@ from torch.nn.functional import logsigmoid
 from components.shared import causal, rewards
 from components.shared.errors import StageStopped
 from components.shared.loss import token_cross_entropy
-from components.train import checkpoint
+from components.train import checkpoint, holding, retention
 from components.train.adapters.applying import apply_adapter
 from components.train.config import TrainConfig
 from components.train.fit import fit
 from components.train.objectives import pairs
 from components.train.objectives.config import DpoObjective, RewardObjective
 from components.train.objectives.dpo import Dpo
+from components.train.objectives.opening import open_objective
 from components.train.objectives.reward import Reward
 from components.train.update import gradients
 
@@ -53,6 +54,19 @@ def prepared(objective, count=6, **changes):
     encoded = [objective.encode(row) for row in rows(count, **changes)]
     objective.prepare(encoded, nullcontext)
     return encoded
+
+
+@pytest.fixture(scope="module")
+def coarse(tiny_causal, tmp_path_factory):
+    """The tiny model with five times its weights: as it is made, it hardly tells two texts apart."""
+    folder = tmp_path_factory.mktemp("coarse")
+    model, tokenizer = causal.open_folder(tiny_causal, "float32", None)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.mul_(5 if weight.ndim > 1 else 1)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
 
 
 def moved(model, scale=0.05):
@@ -186,6 +200,36 @@ def test_training_begins_at_the_base_and_the_first_loss_is_log_two(tiny_causal, 
     apply_adapter(objective, settings_for("dpo", adapter={"kind": kind}))
     loss = objective.summed_loss(encoded, 0.0)
     assert float(loss) / len(encoded) == pytest.approx(math.log(2), abs=1e-5)
+
+
+def test_under_qlora_the_reference_is_the_quantised_base_that_the_training_starts_from(tiny_causal, coarse):
+    config = settings_for("dpo", adapter={"kind": "qlora"})
+    objective, whole = open_objective(config, rows(6), coarse), dpo(coarse)
+    encoded, unquantised = prepared(objective), prepared(whole)
+    apply_adapter(objective, config)
+    loss = objective.summed_loss(encoded, 0.0)
+    assert float(loss) / len(encoded) == pytest.approx(math.log(2), abs=1e-6)
+    quantised, given = (torch.tensor([pair.reference for pair in each]) for each in (encoded, unquantised))
+    assert (quantised - given).abs().max() > 0.01  # NF4 is coarse enough to see
+
+
+@pytest.mark.parametrize("kind", ["lora", "full", "prompt"])
+def test_the_retention_set_too_is_measured_against_the_base(coarse, tmp_path, kind):
+    retain = {"source": "x", "replay": 0.5} | ({} if kind == "prompt" else {"ewc": 1.0})
+    config = settings_for("dpo", adapter={"kind": kind}, retain=retain, max_steps=3, learning_rate=1e-3)
+    torch.manual_seed(0)
+    objective = dpo(coarse)
+    encoded = prepared(objective, 8)
+    expected = [pair.reference for pair in prepared(dpo(coarse), 8)]
+    apply_adapter(objective, config)
+    kept = [objective.encode(row) for row in rows(8)]
+    holding.hold(objective, retention.Retained(kept[:4], kept[4:]), config, nullcontext)
+    for pair, reference in zip(kept, expected, strict=True):
+        # Sums of some tens of float32 numbers, of rows padded in another way.
+        assert pair.reference == pytest.approx(reference, rel=1e-5)
+    state = fit(objective, encoded[:6], encoded[6:], config, "float32", tmp_path, lambda *_: None)
+    assert state.base_retention_loss == pytest.approx(math.log(2), abs=1e-4)
+    assert kind == "prompt" or state.history[-1]["ewc_penalty"] > 0
 
 
 def test_a_reward_model_is_bradley_terry_with_its_centre(tiny_causal):

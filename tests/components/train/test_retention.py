@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -18,7 +19,7 @@ from components.train import checkpoint, holding, retention
 from components.train import train as stage
 from components.train.adapters.applying import apply_adapter
 from components.train.config import TrainConfig
-from components.train.fit import fit
+from components.train.fit import eval_loss, fit
 from components.train.objectives.sft import Sft
 from components.train.ranks import ALONE
 from components.train.update import gradients
@@ -195,6 +196,66 @@ def test_lines_that_cannot_be_used_are_named(tiny_causal, tmp_path):
 def test_a_classifier_has_no_base_that_predicts():
     with pytest.raises(ValidationError, match="needs a base that predicts what classification trains"):
         config_for({"source": "x", "distil_from_base": 1.0}, objective="classification")
+
+
+PPO = {"kind": "ppo", "reward_model": "r"}
+GROUP = {"rewards": [{"kind": "answer"}]}
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"objective": PPO}, r"retain.ewc \(2\) .* ppo is given prompts, .*: use retain.replay, and objec"),
+        ({"objective": {"kind": "grpo", **GROUP}}, "grpo is given prompts"),
+        ({"objective": {"kind": "rloo", **GROUP}}, "rloo is given prompts"),
+        ({"objective": "contrastive"}, "that of contrastive comes from the other pairs .*: use retain"),
+        ({"adapter": "prompt"}, "of adapter prompt begin at random, .* or retain.distil_from_base"),
+        ({"adapter": "prefix", "objective": "classification"}, "is no base: use retain.replay$"),
+    ],
+)
+def test_what_tells_no_fisher_information_is_refused(changes, said):
+    retain = {"source": "x", "replay": 0.1}
+    assert config_for(retain, **changes).retain.replay == 0.1
+    with pytest.raises(ValidationError) as refused:
+        config_for(retain | {"ewc": 2.0}, **changes)
+    (fault,) = refused.value.errors()
+    assert re.search(said, fault["msg"])
+
+
+@pytest.mark.parametrize("kind", ["prefix", "prompt", "p_tuning_v2", "lora", "ia3"])
+def test_the_base_under_an_adapter_is_the_base_and_no_copy_of_it(knowing, kind):
+    config = config_for(adapter={"kind": kind})
+    sft, true = opened(knowing, config), Sft(knowing, "float32")
+    sft.model.eval()
+    true.model.eval()
+    batch = [sft.encode(row) for row in old(5)]
+    with torch.no_grad():
+        for weight in checkpoint.trainable(sft.model).values():
+            weight += 0.1 * torch.randn_like(weight)  # the base is asked after the adapter has moved, too
+        expected, behind = (each.outputs(batch)[0] for each in (true, sft))
+    base = holding.Base(sft.model)
+    with base.weights():
+        found = sft.outputs(batch)[0]
+    # The same sums, in another layout of the rows for a soft prompt.
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(behind, expected, rtol=1e-2, atol=1e-2)
+    with torch.no_grad():
+        assert torch.equal(sft.outputs(batch)[0], behind)  # and then its adapter is back
+    assert not base._copy
+
+
+@pytest.mark.parametrize("kind", ["prefix", "prompt", "p_tuning_v2"])
+def test_the_losses_before_the_first_step_are_those_of_the_base(knowing, tmp_path, kind):
+    config = config_for({"source": "x"}, adapter={"kind": kind}, max_steps=1, learning_rate=1e-9)
+    sft, true = opened(knowing, config), Sft(knowing, "float32")
+    watched, kept = [sft.encode(row) for row in new(4)], [sft.encode(row) for row in old(8)]
+    holding.hold(sft, retention.Retained(kept[:4], kept[4:]), config, holding.nullcontext)
+    found = fit(sft, watched, watched, config, "float32", tmp_path, lambda *_: None)
+    # float32, the rows padded in another way.
+    assert found.base_loss == pytest.approx(eval_loss(true, watched, config, "float32"), rel=1e-5)
+    assert found.base_retention_loss == pytest.approx(eval_loss(true, kept[:4], config, "float32"), rel=1e-5)
+    # What it is judged by afterwards is read behind the prompt, which has hardly moved.
+    assert abs(found.history[-1]["eval_loss"] - found.base_loss) > 1e-4
 
 
 @pytest.fixture(scope="module")
