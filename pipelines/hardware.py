@@ -138,7 +138,7 @@ class HardwareConfig(StageHardware):
 
     Args:
         nodes: of the training job. More than one node, or GPU: a Kubeflow TrainJob, not the stage's pod.
-        gpus_per_node: of the training job; 0 trains on processors.
+        gpus_per_node: of train: one in its pod unless it is told otherwise; 0 trains on processors.
         sharding: of the training job: what its GPUs hold in pieces; see train/sharding/config.py.
         offload: of the training job: `cpu` keeps those pieces in the memory of the host.
         stages: stage -> what differs there.
@@ -148,7 +148,7 @@ class HardwareConfig(StageHardware):
     """
 
     nodes: int = Field(1, ge=1, le=1024)
-    gpus_per_node: int = Field(0, ge=0, le=64)
+    gpus_per_node: int = Field(1, ge=0, le=64)
     sharding: Kind = "none"
     offload: Offload = "none"
     stages: dict[Stage, StageHardware] = Field(default_factory=dict)

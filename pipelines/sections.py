@@ -72,7 +72,7 @@ def _one_process(raw: Mapping[str, Any]) -> Iterator[tuple[tuple[str, ...], str]
     kind = objective.get("kind", _section(raw, "train").get("objective"))
     if kind not in tasks.ANSWERING and (kind, objective.get("level")) != ("distillation", "sequence"):
         return
-    if hardware.get("nodes", 1) != 1 or hardware.get("gpus_per_node", 0) not in (0, 1):
+    if hardware.get("nodes", 1) != 1 or hardware.get("gpus_per_node", 1) not in (0, 1):
         yield ("hardware",), f"{kind} trains in one process yet: nodes: 1, and gpus_per_node 0 or 1"
 
 
@@ -100,7 +100,7 @@ def _search(train: Mapping[str, Any], hardware: Mapping[str, Any]) -> Iterator[t
         for fault in (found for found in _dead_settings(section) if found not in dead):
             dead.add(fault)
             yield ("train", "search", "space", name), fault[1]
-    if hardware.get("nodes", 1) != 1 or hardware.get("gpus_per_node", 0) not in (0, 1):
+    if hardware.get("nodes", 1) != 1 or hardware.get("gpus_per_node", 1) not in (0, 1):
         what = "trials share one pod, which has one GPU at most: nodes: 1, and gpus_per_node 0 or 1"
         yield ("hardware",), f"{what}; or drop train.search"
 

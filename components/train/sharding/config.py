@@ -80,7 +80,7 @@ def misfits(
     if kind not in get_args(Kind) or kind == "none":
         return
     at = ("hardware", "sharding")
-    processes = [hardware.get("nodes", 1), hardware.get("gpus_per_node", 0)]
+    processes = [hardware.get("nodes", 1), hardware.get("gpus_per_node", 1)]
     if all(isinstance(n, int) for n in processes) and processes[0] * processes[1] < 2:
         yield at, f"{kind} cuts a training up among GPUs: ask for two or more (gpus_per_node), or drop it"
     if objective and objective not in OBJECTIVES:
