@@ -168,11 +168,13 @@ def _when_champion(champion: Any, where: OnThisMachine | OnACluster) -> Abstract
 
 
 def _names(spec: PipelineSpec, where: OnThisMachine | OnACluster) -> dict[str, str]:
-    """`run` and `pipeline` of a task. KFP resolves its placeholder only where it is the whole value."""
+    """`run`, `pipeline` and `due` of a task. KFP resolves a placeholder only where it is the whole value."""
     from kfp import dsl
 
-    run = where.run if isinstance(where, OnThisMachine) else dsl.PIPELINE_JOB_ID_PLACEHOLDER
-    return {"run": run, "pipeline": spec.name}
+    if isinstance(where, OnThisMachine):
+        return {"run": where.run, "pipeline": spec.name, "due": ""}
+    due = dsl.PIPELINE_JOB_SCHEDULE_TIME_UTC_PLACEHOLDER
+    return {"run": dsl.PIPELINE_JOB_ID_PLACEHOLDER, "pipeline": spec.name, "due": due}
 
 
 def _place(task: Any, stage: str, spec: PipelineSpec, where: OnThisMachine | OnACluster) -> None:

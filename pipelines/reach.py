@@ -19,6 +19,7 @@ from typing import Any
 
 from components.shared import ledger, registry
 from components.shared.errors import TuneyardError
+from components.shared.logparts import FOLDER as LOGS
 from components.shared.mlflow_database import attempt, client, tracking_uri
 from components.shared.objects import DAMAGED, FOLDER
 from components.shared.store import Listed, Store
@@ -34,11 +35,14 @@ KINDS = {
     "manifests/": "manifests",
     FOLDER: "objects",
     "runs/": "run records",
+    LOGS: "logs",
     "work/": "checkpoints and slices",
     "slots/": "slots",
     USES: "uses",
     DAMAGED: "damaged",
 }
+# What goes when its run goes.
+_OF_RUNS = ("runs/", LOGS)
 _DIGEST = re.compile(r"(?<![0-9a-f])[0-9a-f]{64}(?![0-9a-f])")
 _READERS = 8
 _PAGE = 1000
@@ -79,8 +83,8 @@ def survey(store: Store, keep_days: float, alive: Callable[[], None] = lambda: N
         for name, item in listed.items()
         if item.age_seconds < (keep if _kept_by_age(name) else GRACE_DAYS * DAY_SECONDS)
     }
-    young_runs = {_run_of(name) for name in wanted if name.startswith("runs/")}
-    wanted |= {name for name in listed if name.startswith("runs/") and _run_of(name) in young_runs}
+    young_runs = {_run_of(name) for name in wanted if name.startswith(_OF_RUNS)}
+    wanted |= {name for name in listed if name.startswith(_OF_RUNS) and _run_of(name) in young_runs}
     roots = [*_ledger_roots(store), *_mlflow_roots(), *_documents(store, "deployments/")]
     roots += [json.dumps(hold) for hold in holds.standing(store)]
     _follow(store, listed, wanted, roots, alive)
@@ -106,7 +110,7 @@ def _follow(
     index: dict[str, list[str]] = {}
     runs: dict[str, list[str]] = {}
     for name in listed:
-        if name.startswith("runs/"):
+        if name.startswith(_OF_RUNS):
             runs.setdefault(_run_of(name), []).append(name)
         elif not name.startswith((USES, DAMAGED)):
             index.setdefault(name.rsplit("/", 1)[1].removesuffix(".json"), []).append(name)

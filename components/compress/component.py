@@ -10,6 +10,7 @@ def compress(
     run: str,
     pipeline: str,
     slot: str,
+    due: str,
     model: Input[Model],
     compressed: Output[Model],
     page: Output[HTML],
@@ -21,4 +22,4 @@ def compress(
     from components.shared.stage import execute
 
     inputs, outputs = {"model": model}, {"compressed": compressed}
-    execute(verb, CompressConfig, config, (run, pipeline, slot), inputs, outputs, page, metrics)
+    execute(verb, CompressConfig, config, (run, pipeline, slot, due), inputs, outputs, page, metrics)

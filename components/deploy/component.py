@@ -10,6 +10,7 @@ def deploy(
     run: str,
     pipeline: str,
     slot: str,
+    due: str,
     registration: Input[Dataset],
     deployment: Output[Dataset],
     page: Output[HTML],
@@ -21,4 +22,4 @@ def deploy(
     from components.shared.stage import execute
 
     inputs, outputs = {"registration": registration}, {"deployment": deployment}
-    execute(verb, DeployConfig, config, (run, pipeline, slot), inputs, outputs, page, metrics)
+    execute(verb, DeployConfig, config, (run, pipeline, slot, due), inputs, outputs, page, metrics)

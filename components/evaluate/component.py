@@ -10,6 +10,7 @@ def evaluate(
     run: str,
     pipeline: str,
     slot: str,
+    due: str,
     test: Input[Dataset],
     train: Input[Dataset],
     model: Input[Model],
@@ -25,4 +26,4 @@ def evaluate(
 
     inputs = {"test": test, "train": train, "model": model, "compressed": compressed}
     outputs = {"evaluation": evaluation}
-    execute(verb, EvaluateConfig, config, (run, pipeline, slot), inputs, outputs, page, metrics)
+    execute(verb, EvaluateConfig, config, (run, pipeline, slot, due), inputs, outputs, page, metrics)

@@ -10,6 +10,7 @@ def ingest(
     run: str,
     pipeline: str,
     slot: str,
+    due: str,
     examples: Output[Dataset],
     quarantine: Output[Dataset],
     page: Output[HTML],
@@ -21,4 +22,4 @@ def ingest(
     from components.shared.stage import execute
 
     outputs = {"examples": examples, "quarantine": quarantine}
-    execute(verb, IngestConfig, config, (run, pipeline, slot), {}, outputs, page, metrics)
+    execute(verb, IngestConfig, config, (run, pipeline, slot, due), {}, outputs, page, metrics)

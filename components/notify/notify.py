@@ -12,8 +12,9 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from components.notify.config import Event, NotifyConfig
+from components.shared import logparts, slots
 from components.shared.commit import commit_name
-from components.shared.errors import StoreError, TuneyardError
+from components.shared.errors import TuneyardError
 from components.shared.store import Store
 
 log = logging.getLogger("tuneyard.notify")
@@ -133,14 +134,23 @@ def _post(url: str, text: str) -> None:
     )
 
 
-def main(config: NotifyConfig, run: str, pipeline: str, slot: str, stages: Sequence[str]) -> None:
-    """The body of the exit handler. A webhook that is down must not turn a good run into a failed one."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr, force=True)
-    try:
-        ended = ending(run, pipeline, slot, stages, Store.from_environment())
-    except StoreError as error:
-        ended = Ending("failed", f"{pipeline}, run {run}: nobody can say how it ended\n{error}")
-    try:
-        log.info("notify: %s", "told" if tell(config, ended) else "nothing to tell")
-    except TuneyardError as error:
-        log.error("%s", error)
+def main(config: NotifyConfig, run: Mapping[str, str], stages: Sequence[str]) -> None:
+    """The body of the exit handler. A webhook that is down must not turn a good run into a failed one.
+
+    Args:
+        config: which ends are told.
+        run: `id`, `pipeline`, `slot` and `due`, as a stage has them.
+        stages: that had to leave a record, in order.
+    """
+    with logparts.shipped(run["id"], "notify"):
+        logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr, force=True)
+        try:
+            store = Store.from_environment()
+            ended = ending(run["id"], run["pipeline"], slots.of_run(run, store), stages, store)
+        except TuneyardError as error:
+            title = f"{run['pipeline']}, run {run['id']}"
+            ended = Ending("failed", f"{title}: nobody can say how it ended\n{error}")
+        try:
+            log.info("notify: %s", "told" if tell(config, ended) else "nothing to tell")
+        except TuneyardError as error:
+            log.error("%s", error)

@@ -10,6 +10,7 @@ def register(
     run: str,
     pipeline: str,
     slot: str,
+    due: str,
     model: Input[Model],
     evaluation: Input[Dataset],
     registration: Output[Dataset],
@@ -25,4 +26,4 @@ def register(
     inputs = {"model": model, "evaluation": evaluation}
     outputs = {"registration": registration}
     facts = {"champion": champion}
-    execute(verb, RegisterConfig, config, (run, pipeline, slot), inputs, outputs, page, metrics, facts)
+    execute(verb, RegisterConfig, config, (run, pipeline, slot, due), inputs, outputs, page, metrics, facts)

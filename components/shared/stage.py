@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from components.shared import clock, digest
+from components.shared import clock, digest, logparts
 from components.shared.commit import (
     commit_name,
     raise_if_stopped,
@@ -139,7 +139,7 @@ def perform(
     Args:
         verb: the stage's logic; its package names the stage.
         config: resolved settings.
-        run: `id`, `pipeline` and `slot` of the run (slots.py).
+        run: `id`, `pipeline`, `slot` and `due` of the run (slots.py).
         inputs: input name -> manifest.
 
     Returns:
@@ -199,7 +199,7 @@ def execute(
     verb: Verb,
     config_class: type[Settings],
     config: str,
-    run: tuple[str, str, str],
+    run: tuple[str, str, str, str],
     inputs: Mapping[str, Any],
     outputs: Mapping[str, Any],
     page: Any,
@@ -212,25 +212,27 @@ def execute(
         verb: the stage's logic.
         config_class: its settings class.
         config: the settings as JSON.
-        run: id of the run, name of the pipeline, slot of the schedule ('' for none).
+        run: id of the run, name of the pipeline, what the schedule passed ('' for none), when it was due.
         inputs: input name -> KFP artifact whose file is a manifest.
         outputs: output name -> KFP artifact to write the manifest to.
         page: KFP HTML artifact.
         metrics: KFP Metrics artifact.
         facts: entry of the stage's summary -> file to write it to, for what the graph decides by it.
     """
-    settle_in()
-    manifests = read_manifests(inputs)
-    try:
-        named = dict(zip(("id", "pipeline", "slot"), run, strict=True))
-        commit = perform(verb, config_class.model_validate_json(config), named, manifests)
-        _hand_over(commit, outputs, page, metrics)
-        for name, path in (facts or {}).items():
-            Path(path).parent.mkdir(parents=True, exist_ok=True)
-            Path(path).write_text(json.dumps(commit["summary"][name]))
-    except TuneyardError as error:
-        log.error("%s: %s", verb.__module__.split(".")[1], error)
-        sys.exit(error.exit_code)
+    stage = verb.__module__.split(".")[1]
+    with logparts.shipped(run[0], stage):
+        settle_in()
+        manifests = read_manifests(inputs)
+        try:
+            named = dict(zip(("id", "pipeline", "slot", "due"), run, strict=True))
+            commit = perform(verb, config_class.model_validate_json(config), named, manifests)
+            _hand_over(commit, outputs, page, metrics)
+            for name, path in (facts or {}).items():
+                Path(path).parent.mkdir(parents=True, exist_ok=True)
+                Path(path).write_text(json.dumps(commit["summary"][name]))
+        except TuneyardError as error:
+            log.error("%s: %s", stage, error)
+            sys.exit(error.exit_code)
 
 
 def _hand_over(commit: Mapping[str, Any], outputs: Mapping[str, Any], page: Any, metrics: Any) -> None:

@@ -2,6 +2,7 @@
 
 Layout of the bucket: `objects/<2>/<sha256>` the bytes, `manifests/<digest>.json` what a tree consists of,
 `stages/<stage>/<key>.json` the commit of a finished stage, `runs/<run>/...` what happened in a run,
+`logs/<run>/...` what its stages said (`logparts.py`), `slots/...` which run has which slot of a schedule,
 `uses/<digest>.json` who relies on an artifact (`uses.py`), `damaged/objects/...` what was found with another
 digest than its name says. An object is complete or absent (S3 promises that much), and a commit is written
 last and once (`commit.py`). How bytes travel is told in `transfer.py`, what a node keeps of them in
@@ -126,11 +127,11 @@ class Store:
         return sorted(listed.name for listed in self.listing(prefix))
 
     @s3.faults_named("listing names")
-    def listing(self, prefix: str) -> list[Listed]:
-        """What is below a prefix of the store's root."""
+    def listing(self, prefix: str, since: str = "") -> list[Listed]:
+        """What is below a prefix of the store's root; of names after `since` only."""
         found: list[Listed] = []
         pages = self.client.get_paginator("list_objects_v2").paginate(
-            Bucket=self.bucket, Prefix=self.key(prefix)
+            Bucket=self.bucket, Prefix=self.key(prefix), StartAfter=self.key(since) if since else ""
         )
         for page in pages:
             for item in page.get("Contents", []):

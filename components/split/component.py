@@ -10,6 +10,7 @@ def split(
     run: str,
     pipeline: str,
     slot: str,
+    due: str,
     examples: Input[Dataset],
     report: Input[Dataset],
     train: Output[Dataset],
@@ -25,4 +26,4 @@ def split(
 
     outputs = {"train": train, "eval": eval, "test": test}
     inputs = {"examples": examples, "report": report}
-    execute(verb, SplitConfig, config, (run, pipeline, slot), inputs, outputs, page, metrics)
+    execute(verb, SplitConfig, config, (run, pipeline, slot, due), inputs, outputs, page, metrics)

@@ -10,6 +10,7 @@ def train(
     run: str,
     pipeline: str,
     slot: str,
+    due: str,
     train: Input[Dataset],
     eval: Input[Dataset],
     model: Output[Model],
@@ -23,4 +24,4 @@ def train(
     from components.train.train import train as verb
 
     inputs, outputs = {"train": train, "eval": eval}, {"model": model, "ledger": ledger}
-    execute(verb, TrainConfig, config, (run, pipeline, slot), inputs, outputs, page, metrics)
+    execute(verb, TrainConfig, config, (run, pipeline, slot, due), inputs, outputs, page, metrics)

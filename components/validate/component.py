@@ -10,6 +10,7 @@ def validate(
     run: str,
     pipeline: str,
     slot: str,
+    due: str,
     examples: Input[Dataset],
     quarantine: Input[Dataset],
     report: Output[Dataset],
@@ -23,4 +24,4 @@ def validate(
 
     inputs = {"examples": examples, "quarantine": quarantine}
     outputs = {"report": report}
-    execute(verb, ValidateConfig, config, (run, pipeline, slot), inputs, outputs, page, metrics)
+    execute(verb, ValidateConfig, config, (run, pipeline, slot, due), inputs, outputs, page, metrics)

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
+from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
 from components.shared.errors import TuneyardError, UsageError
 
@@ -20,6 +21,7 @@ URL_VARIABLE = "TUNEYARD_KFP_ENDPOINT"
 NAMESPACE_VARIABLE = "TUNEYARD_KFP_NAMESPACE"
 TOKEN_VARIABLE = "TUNEYARD_KFP_TOKEN"
 CA_VARIABLE = "TUNEYARD_KFP_CA"
+ZONE_VARIABLE = "TUNEYARD_KFP_TIMEZONE"
 # (to connect, to read) in seconds.
 _TIMEOUT = (10, 60)
 _PAGE = 100
@@ -53,12 +55,14 @@ class Endpoint:
         namespace: of the runs in a multi-user installation; '' in a standalone one.
         token: bearer token; '' where the way there needs none (a port-forward).
         ca: file with the certificate authority of the URL; '' for those of the system.
+        zone: IANA name of the time zone in which its scheduler reads cron expressions: the API does not say.
     """
 
     url: str
     namespace: str = ""
     token: str = ""
     ca: str = ""
+    zone: str = "UTC"
 
     def __repr__(self) -> str:
         return f"Endpoint({self.url!r}, namespace={self.namespace!r})"
@@ -105,23 +109,6 @@ class Endpoint:
             if not token:
                 return found
 
-    def log(self, run: str, pod: str) -> str:
-        """What the main container of a run's pod has printed so far.
-
-        Raises:
-            EndpointError: the pod is gone, or not there yet.
-        """
-        with self._faults_named(f"reading the log of pod {pod}"):
-            answer = self._client.call_api(
-                f"/apis/v1alpha1/runs/{run}/nodes/{pod}/log",
-                "GET",
-                auth_settings=["Bearer"],
-                _preload_content=False,
-                _return_http_data_only=True,
-                _request_timeout=_TIMEOUT,
-            )
-            return bytes(answer.data).decode(errors="replace")
-
     @contextlib.contextmanager
     def _faults_named(self, doing: str) -> Iterator[None]:
         import urllib3
@@ -160,7 +147,7 @@ def configured() -> Endpoint | None:
     """The endpoint that the environment names; None where it names none.
 
     Raises:
-        UsageError: what it names is no URL.
+        UsageError: what it names is no URL, or no time zone.
     """
     url = os.environ.get(URL_VARIABLE, "").strip().rstrip("/")
     if not url:
@@ -168,7 +155,13 @@ def configured() -> Endpoint | None:
     if not url.startswith(("http://", "https://")):
         raise UsageError(f"{URL_VARIABLE} is {url!r}", "write it with http:// or https://")
     read = os.environ.get
-    return Endpoint(url, read(NAMESPACE_VARIABLE, ""), read(TOKEN_VARIABLE, ""), read(CA_VARIABLE, ""))
+    zone = read(ZONE_VARIABLE, "").strip() or "UTC"
+    try:
+        ZoneInfo(zone)
+    except (ValueError, ZoneInfoNotFoundError, OSError) as error:
+        todo = "write it as in Europe/Berlin: what KFP's scheduler has as CRON_SCHEDULE_TIMEZONE"
+        raise UsageError(f"{ZONE_VARIABLE} is {zone!r}, which is no time zone", todo) from error
+    return Endpoint(url, read(NAMESPACE_VARIABLE, ""), read(TOKEN_VARIABLE, ""), read(CA_VARIABLE, ""), zone)
 
 
 def require() -> Endpoint:

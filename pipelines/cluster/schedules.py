@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from components.shared import slots as slots_of_runs
 from components.shared.errors import UsageError
 from components.shared.store import Store
 from pipelines.cluster import versions
@@ -23,8 +24,6 @@ from pipelines.spec import PipelineSpec
 
 Source = Literal["git", "command"]
 _PREFIX = "tuneyard-"
-# KFP writes the scheduled time over this; two runs of one slot have the same.
-_SLOT = "[[ScheduledTime]]"
 
 
 @dataclass(frozen=True)
@@ -77,7 +76,7 @@ def put(
     """
     content = versions.Content(spec.name, list(spec.stages()), {})
     with compiled(spec, images, content.keys) as package:
-        wanted = _wanted(spec, cron, source, versions.name_of(package))
+        wanted = _wanted(spec, cron, source, versions.name_of(package), endpoint.zone)
         present = of(endpoint, spec.name)
         same = [run for run in present if _facts(run) == _facts(wanted)]
         change: Literal["created", "changed", "unchanged"] = "changed" if present else "created"
@@ -94,7 +93,7 @@ def put(
     return Scheduled(spec.name, cron, described(wanted)["version"], change)
 
 
-def _wanted(spec: PipelineSpec, cron: str, source: Source, version: str) -> Any:
+def _wanted(spec: PipelineSpec, cron: str, source: Source, version: str, zone: str) -> Any:
     """The recurring run that should be there, but for the ids that an upload gives."""
     import kfp_server_api as api
 
@@ -102,7 +101,7 @@ def _wanted(spec: PipelineSpec, cron: str, source: Source, version: str) -> Any:
     return api.V2beta1RecurringRun(
         display_name=_PREFIX + versions.display_name(spec.name),
         description=json.dumps(facts),
-        runtime_config=api.V2beta1RuntimeConfig(parameters={"slot": _SLOT}),
+        runtime_config=api.V2beta1RuntimeConfig(parameters={"slot": slots_of_runs.asked(zone, cron)}),
         service_account=spec.hardware.service_account,
         max_concurrency="1",
         no_catchup=True,

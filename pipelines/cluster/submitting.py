@@ -21,7 +21,7 @@ from pipelines import compile as compiling
 from pipelines import planner
 from pipelines.cluster import listing, versions
 from pipelines.cluster.endpoint import Endpoint
-from pipelines.cluster.watching import follow, stages_of
+from pipelines.cluster.watching import follow, states_of
 from pipelines.embedded.services import home_dir
 from pipelines.images import lock
 from pipelines.report import Report, gather
@@ -97,7 +97,7 @@ def store_or_none() -> Store | None:
         return Store.from_environment()
     log.warning(
         "TUNEYARD_STORE is not set: without the cluster's store nothing can be planned here, so every stage "
-        "starts a pod to look whether it is done, and the report has what Kubeflow Pipelines knows"
+        "starts a pod to look whether it is done; no log is shown, and the report has what KFP knows"
     )
     return None
 
@@ -187,7 +187,7 @@ def watch(
     report.log = str(home_dir() / "runs" / report.run_id / "log.txt")
     watcher = Watcher(Path(report.log), screen)
     try:
-        run = follow(endpoint, report.run_id, content.stages, watcher)
+        run = follow(endpoint, report.run_id, content.stages, watcher, store)
     except KeyboardInterrupt:
         todo = f"tuneyard runs attach {report.run_id}, or tuneyard runs terminate {report.run_id}"
         what = f"no longer watching run {report.run_id}, which goes on"
@@ -208,8 +208,8 @@ def _conclude(report: Report, content: versions.Content, run: Any, store: Store 
         done = {stage: commit for stage, commit in commits.items() if commit}
         gather(report, content.stages, done, store, _serving_url())
     else:
-        for stage, now in stages_of(run, content.stages).items():
-            status = listing.STATUS.get(now.state, "not run")
+        for stage, own in states_of(run, content.stages).items():
+            status = listing.STATUS.get(own, "not run")
             row = {"name": stage, "status": status, "seconds": 0.0, "cached": False, "key": None}
             row["outputs"] = {}
             report.stages.append(row)

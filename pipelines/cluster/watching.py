@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
+from components.shared import logparts
+from components.shared.errors import StoreError
+from components.shared.logparts import Part
 from components.shared.recording import FINISHED
+from components.shared.store import Store
 from pipelines.cluster.endpoint import Endpoint, EndpointError
-from pipelines.placement import SLICE
 from pipelines.watch import Watcher
 
 log = logging.getLogger("tuneyard.submit")
@@ -19,90 +23,78 @@ ENDED = ("SUCCEEDED", "FAILED", "SKIPPED", "CANCELED")
 _POLL_SECONDS = 2.0
 _LONGEST_WAIT_SECONDS = 30.0
 _PATIENCE_SECONDS = 3600.0
+# Parts of two nodes can come in another order than their names: by so much clocks may differ.
+_DISORDER_SECONDS = 300.0
+_READERS = 8
 
 
-@dataclass(frozen=True)
-class StageState:
-    """A stage of a run, as the endpoint has it.
+def states_of(run: Any, stages: Sequence[str]) -> dict[str, str]:
+    """KFP's state of each stage of a run: PENDING, RUNNING, SUCCEEDED, SKIPPED...; '' before it is known.
 
-    Args:
-        state: KFP's: PENDING, RUNNING, SUCCEEDED, SKIPPED, FAILED, CANCELED...; '' before it is known.
-        pods: of its attempts, oldest first; none where KFP's cache answered.
+    Its tasks are the nodes of Argo's graph. A stage is the one of its own name, above a node `executor`; what
+    hangs below it is told by ids that no task of the answer has (kubeflow/pipelines#14007).
     """
-
-    state: str
-    pods: tuple[str, ...]
-
-
-def stages_of(run: Any, stages: Sequence[str]) -> dict[str, StageState]:
-    """The stages of a run. KFP lists drivers, executors and sub-graphs too; a stage's pods hang below it."""
     details = (run.run_details.task_details if run.run_details else None) or []
-    by_id = {task.task_id: task for task in details}
-
-    def pods(task: Any, seen: set[str]) -> Iterator[str]:
-        if task.task_id in seen:
-            return
-        seen.add(task.task_id)
-        if task.pod_name:
-            yield task.pod_name
-        for child in task.child_tasks or []:
-            below = by_id.get(child.task_id)
-            if child.pod_name:
-                yield child.pod_name
-            if below is not None:
-                yield from pods(below, seen)
-
-    found = {}
-    for stage in stages:
-        own = [task for task in details if task.display_name == stage]
-        names = dict.fromkeys(name for task in own for name in pods(task, set()))
-        state = str(own[-1].state) if own else ""
-        if stage == SLICE:
-            # As many tasks as there are slices: those that go on say that their stage does.
-            state = next((str(task.state) for task in own if str(task.state) not in ENDED), state)
-        found[stage] = StageState(state, tuple(name for name in names if "driver" not in name))
-    return found
+    known = {task.display_name: str(task.state) for task in details}
+    return {stage: known.get(stage, "") for stage in stages}
 
 
 class Logs:
-    """Passes on what the pods of a run have printed since the last look."""
+    """Passes on what the stages of a run have left of their logs since the last look."""
 
-    def __init__(self, endpoint: Endpoint, run: str, watcher: Watcher) -> None:
-        self._endpoint = endpoint
+    def __init__(self, store: Store, run: str, watcher: Watcher) -> None:
+        self._store = store.impatient()
         self._run = run
         self._watcher = watcher
-        self._read: dict[str, int] = {}
-        self._whole: set[str] = set()
+        self._passed: set[str] = set()
+        self._since = ""
+        self._attempts: dict[str, list[str]] = {}
+        self._last: tuple[str, str] | None = None
+        self._told: set[str] = set()
+        self._lost = False
 
-    def look(self, states: dict[str, StageState]) -> None:
-        """Read the logs of the stages that run, and once more of those that have ended."""
-        for stage, now in states.items():
-            for pod in now.pods:
-                if pod not in self._whole:
-                    self._pass_on(pod)
-            if now.state in ENDED:
-                if not now.pods and now.state == "SUCCEEDED" and stage not in self._whole:
-                    self._watcher.write(f"{FINISHED}{stage}  unchanged, done before\n")
-                    self._whole.add(stage)
-                self._whole.update(now.pods)
+    def look(self, states: Mapping[str, str], ended: bool = False) -> None:
+        """Pass on what is new; at the end of the run also what came late."""
+        try:
+            found = logparts.parts(self._store, self._run, "" if ended else self._since)
+            new = [part for part in found if part.name not in self._passed]
+            with ThreadPoolExecutor(_READERS) as pool:
+                for part, text in zip(new, pool.map(partial(logparts.read, self._store), new), strict=True):
+                    self._pass_on(part, text)
+            for stage, state in states.items():
+                if state == "SUCCEEDED" and stage not in self._told:
+                    self._tell_done(stage)
+        except StoreError as error:
+            if not self._lost:
+                log.warning("%s\nthe logs are shown again when the store answers", error.what)
+            self._lost = True
+        else:
+            self._lost = False
         self._watcher.flush()
 
-    def _pass_on(self, pod: str) -> None:
-        try:
-            text = self._endpoint.log(self._run, pod)
-        except EndpointError as error:
-            # Not started yet, or collected already: what the stages recorded is in the store all the same.
-            log.debug("%s", error)
-            return
-        seen = self._read.get(pod, 0)
-        # A line that is not finished yet waits for the next look.
-        end = text.rfind("\n") + 1
-        if end > seen:
-            self._watcher.write(text[seen:end])
-            self._read[pod] = end
+    def _pass_on(self, part: Part, text: str) -> None:
+        attempts = self._attempts.setdefault(part.stage, [])
+        if part.attempt not in attempts:
+            attempts.append(part.attempt)
+        number = attempts.index(part.attempt) + 1
+        # A stage begins with a line of its own; tried again, or interrupted by another, it needs one more.
+        if self._last != (part.stage, part.attempt) and (part.number > 1 or number > 1):
+            self._watcher.write(f"-- {part.stage}{f', attempt {number}' if number > 1 else ''}\n")
+        self._last = part.stage, part.attempt
+        self._watcher.write(text)
+        self._passed.add(part.name)
+        self._since = max(self._since, logparts.before(self._run, part, _DISORDER_SECONDS))
+
+    def _tell_done(self, stage: str) -> None:
+        # A stage that had a pod left a record, and said itself how it went.
+        if self._store.read_json(f"runs/{self._run}/{stage}.json") is None:
+            self._watcher.write(f"{FINISHED}{stage}  unchanged, done before\n")
+        self._told.add(stage)
 
 
-def follow(endpoint: Endpoint, run_id: str, stages: Sequence[str], watcher: Watcher) -> Any:
+def follow(
+    endpoint: Endpoint, run_id: str, stages: Sequence[str], watcher: Watcher, store: Store | None
+) -> Any:
     """Watch a run until it has ended. A lost connection is waited out: the run does not need us.
 
     Args:
@@ -110,6 +102,7 @@ def follow(endpoint: Endpoint, run_id: str, stages: Sequence[str], watcher: Watc
         run_id: KFP's id of the run.
         stages: of the pipeline.
         watcher: gets the stages' lines.
+        store: where the stages leave them; None shows none.
 
     Returns:
         The run as the endpoint has it at its end.
@@ -117,8 +110,7 @@ def follow(endpoint: Endpoint, run_id: str, stages: Sequence[str], watcher: Watc
     Raises:
         EndpointError: the endpoint refuses, or was not reached for an hour.
     """
-    logs = Logs(endpoint, run_id, watcher)
-    watched = [name for stage in stages for name in ((SLICE, stage) if stage == "evaluate" else (stage,))]
+    logs = Logs(store, run_id, watcher) if store else None
     wait, lost_at = _POLL_SECONDS, 0.0
     while True:
         try:
@@ -136,7 +128,9 @@ def follow(endpoint: Endpoint, run_id: str, stages: Sequence[str], watcher: Watc
         if lost_at:
             log.warning("connected again after %.0f s", time.monotonic() - lost_at)
         wait, lost_at = _POLL_SECONDS, 0.0
-        logs.look(stages_of(run, watched))
-        if str(run.state) in ENDED:
+        ended = str(run.state) in ENDED
+        if logs:
+            logs.look(states_of(run, stages), ended)
+        if ended:
             return run
         time.sleep(_POLL_SECONDS)

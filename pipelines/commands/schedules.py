@@ -32,9 +32,9 @@ def schedule(
     No catch-up, one run at a time, one run for each slot.
     Example: tuneyard schedule sft_legal --cron "0 3 1 * *"
     """
+    from components.shared.cron import faults_of
     from pipelines import spec as specs
     from pipelines.cluster import endpoint, schedules, submitting
-    from pipelines.schedule import faults_of
 
     cluster = endpoint.require()
     if cron is not None and (spec is None or faults_of(cron)):

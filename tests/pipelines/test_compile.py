@@ -16,6 +16,7 @@ from kfp.pipeline_spec.pipeline_spec_pb2 import PipelineSpec
 from components.evaluate.slices.keeping import ASKED
 from components.shared.errors import SpecError, UsageError
 from pipelines import compile as compiling
+from pipelines.hardware import HardwareConfig
 from pipelines.images import lock
 from pipelines.spec import FOLDER, load
 
@@ -69,6 +70,13 @@ def tasks(ir):
     """Every task of every graph, by display name."""
     dags = [ir["root"]["dag"], *(c["dag"] for c in ir["components"].values() if "dag" in c)]
     return {task["taskInfo"]["name"]: task for dag in dags for task in dag["tasks"].values()}
+
+
+def test_train_takes_one_gpu_where_nothing_is_said_and_no_other_stage_does():
+    asked = {stage: HardwareConfig().of(stage).gpus for stage in load("sft_legal").stages()}
+    assert asked.pop("train") == 1 and set(asked.values()) == {0}
+    assert HardwareConfig().processes == 1  # in its own pod, not a job beside it
+    assert load("sft_legal").hardware.of("train").gpus == 0
 
 
 def test_every_image_is_named_by_digest(tmp_path):
@@ -193,7 +201,19 @@ def test_a_retry_has_the_time_of_an_attempt_and_training_on_spot_nodes_has_more_
     )
     chosen = compiled(tmp_path, "hardware.spot=aks", "hardware.retries=1")[0]
     assert tasks(chosen)["train"]["retryPolicy"]["maxRetryCount"] == 1
-    assert "retryPolicy" not in tasks(compiled(tmp_path, "hardware.retries=0")[0])["train"]
+
+
+def test_no_retries_are_said_and_not_left_to_what_the_cluster_has_by_default(tmp_path):
+    ir = compiled(tmp_path, "hardware.retries=0")[0]
+    policy = tasks(ir)["train"]["retryPolicy"]
+    # The message leaves a zero out, and KFP's backend reads it as the limit 0.
+    assert policy == {
+        "backoffDuration": "30s",
+        "backoffFactor": 1.0,
+        "backoffMaxDuration": f"{72 * 3600 + 30}s",
+    }
+    read = json_format.ParseDict(ir, PipelineSpec()).root.dag.tasks["train"]
+    assert read.HasField("retry_policy") and read.retry_policy.max_retry_count == 0
 
 
 def test_a_secret_reaches_the_stages_that_use_it_and_no_other(tmp_path):
@@ -242,11 +262,12 @@ def test_the_workflow_is_kept_and_ended_as_long_as_the_file_says(tmp_path):
     assert "18000" in str(config)
 
 
-def test_the_run_id_is_the_whole_value_so_that_kfp_resolves_it(tmp_path):
+def test_what_kfp_is_to_fill_in_is_the_whole_value_so_that_it_does(tmp_path):
     for task in tasks(compiled(tmp_path)[0]).values():
         values = task.get("inputs", {}).get("parameters", {}).values()
         constants = [v["runtimeValue"]["constant"] for v in values if "runtimeValue" in v]
-        assert [c for c in constants if "{{$." in c and c != "{{$.pipeline_job_uuid}}"] == []
+        whole = {"{{$.pipeline_job_uuid}}", "{{$.pipeline_job_schedule_time_utc}}"}
+        assert [c for c in constants if "{{$." in c and c not in whole] == []
 
 
 def test_kfp_caches_under_our_key_what_is_committed_and_nothing_else(tmp_path):
@@ -343,6 +364,9 @@ def test_several_gpus_are_left_to_the_training_job(tmp_path, nodes):
         ("hardware.tolerations=[{key: a, operator: Exists, value: b}]", "takes no value"),
         ("hardware.secrets={Hub: {token: HF_TOKEN}}", "hardware.secrets"),
         ("hardware.spot=ec2", "hardware.spot"),
+        ("hardware.priority=high", "write queue"),
+        ("hardware.stages.train.priority=high", "write stages.train.queue"),
+        ("hardware.stages={train: {priority: high}, split: {queue: a}}", "stages.train.priority is 'high'"),
         ("hardware.memory=2Gi", "did you mean memory_gib?"),
     ],
 )

@@ -161,6 +161,7 @@ def build(world: World, store: Store, folder) -> Built:
             store.write_json(name, commit)
             ages[name] = made.commit_age
             store.write_json(f"runs/run-of-{number}/train.json", {"status": "done"})
+            store.write_json(log_of(f"run-of-{number}"), {})
     entries = build_ledger(world, store, manifests)
     build_roots(world, store, manifests, ages)
     if world.young_file is not None:
@@ -202,7 +203,13 @@ def build_roots(world, store, manifests, ages):
         uris = [store.manifest_uri(manifests[n]) for n in numbers]
         store.write_json(f"runs/run-{number}/run.json", {"stages": [{"outputs": {"o": u}} for u in uris]})
         store.write_json(f"runs/run-{number}/train.json", {"status": "running"})
+        store.write_json(log_of(f"run-{number}"), {})
         ages[f"runs/run-{number}/run.json"] = age
+
+
+def log_of(run):
+    """A part of a log: nothing leads to it but its run."""
+    return f"logs/{run}/20261201T030000.000000/train/a-pod/00001.txt"
 
 
 def expected(world: World, built: Built) -> set[str]:
@@ -223,12 +230,14 @@ def expected(world: World, built: Built) -> set[str]:
     while more := {i for n in live for i in world.made[n].inputs} - live:
         live |= more
     names = {f"runs/run-{n}/{doc}.json" for n in young_runs for doc in ("run", "train")}
+    names |= {log_of(f"run-{n}") for n in young_runs}
     for number in live:
         manifest, made = built.manifests[number], world.made[number]
         names.add(f"manifests/{manifest.digest}.json")
         names |= {f"objects/{e.sha256[:2]}/{e.sha256}" for e in manifest.files}
         if made.commit_age is not None:
             names |= {f"stages/train/{key_of(number)}.json", f"runs/run-of-{number}/train.json"}
+            names.add(log_of(f"run-of-{number}"))
     for number, made in enumerate(world.made):
         if made.use_age < keep:
             names.add(f"uses/{built.manifests[number].digest}.json")

@@ -10,6 +10,7 @@ def evaluate_slice(
     run: str,
     pipeline: str,
     slot: str,
+    due: str,
     share: str,
     test: Input[Dataset],
     train: Input[Dataset],
@@ -20,4 +21,4 @@ def evaluate_slice(
     from components.evaluate.slices.slice import main
 
     inputs = {"test": test, "train": train, "model": model, "compressed": compressed}
-    main(config, {"id": run, "pipeline": pipeline, "slot": slot}, share, inputs)
+    main(config, {"id": run, "pipeline": pipeline, "slot": slot, "due": due}, share, inputs)

@@ -12,6 +12,7 @@ from components.evaluate.config import EvaluateConfig
 from components.evaluate.evaluate import read_tests, task_of
 from components.evaluate.slices import keeping
 from components.evaluate.slices.share import Share
+from components.shared import logparts
 from components.shared.commit import read_commit, stage_key
 from components.shared.errors import TuneyardError
 from components.shared.manifest import Manifest
@@ -33,7 +34,7 @@ def perform(
 
     Args:
         config: of the stage.
-        run: `id`, `pipeline` and `slot` of the run.
+        run: as the stage has it.
         share: which slice this is.
         inputs: of the stage.
 
@@ -66,10 +67,11 @@ def main(config: str, run: Mapping[str, str], share: str, inputs: Mapping[str, A
         share: such as `2 of 4`.
         inputs: input name -> KFP artifact whose file is a manifest; None for one that is not there.
     """
-    settle_in()
-    try:
-        settings = EvaluateConfig.model_validate_json(config)
-        perform(settings, run, Share.read(share), read_manifests(inputs))
-    except TuneyardError as error:
-        log.error("%s slice %s: %s", _STAGE, share, error)
-        sys.exit(error.exit_code)
+    with logparts.shipped(run["id"], f"{_STAGE}-slice-{share.replace(' ', '-')}"):
+        settle_in()
+        try:
+            settings = EvaluateConfig.model_validate_json(config)
+            perform(settings, run, Share.read(share), read_manifests(inputs))
+        except TuneyardError as error:
+            log.error("%s slice %s: %s", _STAGE, share, error)
+            sys.exit(error.exit_code)

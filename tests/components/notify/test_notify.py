@@ -11,8 +11,10 @@ import pytest
 
 from components.notify import notify
 from components.notify.config import NotifyConfig
+from components.shared import slots
 from components.shared.errors import StoreError, TuneyardError
 
+RUN = {"id": "run-1", "pipeline": "sft_legal", "slot": "", "due": ""}
 DONE = {"status": "done", "cached": False, "seconds": 2.0, "key": "k"}
 
 
@@ -118,14 +120,22 @@ def test_a_webhook_that_is_busy_is_tried_again_and_one_that_refuses_is_named_by_
 def test_a_store_that_is_down_is_told_too(store, hook, monkeypatch):
     _, sent = hook
     monkeypatch.setattr(notify.Store, "names", lambda *_: (_ for _ in ()).throw(StoreError("S3 is down")))
-    notify.main(NotifyConfig(), "run-1", "sft_legal", "", ["ingest"])
+    notify.main(NotifyConfig(), RUN, ["ingest"])
     assert len(sent) == 1 and "S3 is down" in sent[0]["text"]
+
+
+def test_a_scheduled_run_is_told_with_its_slot_and_not_with_what_the_schedule_passed(store, hook):
+    _, sent = hook
+    ending(store, ingest=DONE, register=DONE | {"cached": True})
+    given = {"slot": slots.asked("UTC", "0 3 1 * *"), "due": "2026-12-01T03:00:04Z"}
+    notify.main(NotifyConfig(), RUN | given, ["ingest", "register"])
+    assert "slot 20261201030000" in sent[0]["text"] and "[[" not in sent[0]["text"]
 
 
 @pytest.mark.parametrize("url", [":abc", "http://127.0.0.1:1/a\x7f b"])
 def test_an_address_that_is_none_is_named_and_ends_nothing(store, hook, monkeypatch, url, capsys):
     monkeypatch.setenv(notify.URL_VARIABLE, url + "\n")
-    notify.main(NotifyConfig(), "run-1", "sft_legal", "", ["ingest"])
+    notify.main(NotifyConfig(), RUN, ["ingest"])
     assert notify.URL_VARIABLE in capsys.readouterr().err
 
 
@@ -133,7 +143,7 @@ def test_a_good_run_stays_good_when_nobody_can_be_told(store, hook, capsys, monk
     codes, _ = hook
     codes[:] = [404]
     ending(store, ingest={"status": "running"})
-    notify.main(NotifyConfig(), "run-1", "sft_legal", "", ["ingest"])
+    notify.main(NotifyConfig(), RUN, ["ingest"])
     monkeypatch.delenv(notify.URL_VARIABLE)
     assert notify.tell(NotifyConfig(), ending(store)) is False
     said = capsys.readouterr().err

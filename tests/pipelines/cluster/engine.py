@@ -25,7 +25,9 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[3]
-PLACEHOLDERS = re.compile(r"^\{\{\$\.(pipeline_job_uuid|pipeline_job_name)\}\}$")
+PLACEHOLDERS = re.compile(
+    r"^\{\{\$\.(pipeline_job_uuid|pipeline_job_name|pipeline_job_schedule_time_utc)\}\}$"
+)
 CONDITION = re.compile(r"^inputs\.parameter_values\['([^']+)'\] == '([^']*)'$")
 
 
@@ -52,15 +54,18 @@ class Cluster:
     config_maps: dict[str, dict[str, str]] = field(default_factory=dict)
     secrets: dict[str, dict[str, str]] = field(default_factory=dict)
     cache: dict[tuple[str, str], dict[str, Any]] = field(default_factory=dict)
-    # Instead of the container's command: (stage, its parameters, its log) -> exit code.
-    instead: Callable[[str, dict, Path], int] | None = None
+    # Instead of the container's command: (stage, its parameters, its pod's name) -> exit code.
+    instead: Callable[[str, dict, str], int] | None = None
 
 
 class Run(threading.Thread):
     """One run of one compiled pipeline."""
 
-    def __init__(self, run_id: str, ir: dict, platform: dict, parameters: dict, cluster: Cluster) -> None:
+    def __init__(
+        self, run_id: str, ir: dict, platform: dict, parameters: dict, cluster: Cluster, due: str
+    ) -> None:
         super().__init__(daemon=True)
+        self.due = due
         self.run_id, self.ir, self.parameters, self.cluster = run_id, ir, parameters, cluster
         self.kubernetes = platform["platforms"]["kubernetes"]["deploymentSpec"]["executors"]
         self.state = "PENDING"
@@ -164,7 +169,12 @@ class Run(threading.Thread):
             return outputs[made["producerTask"]]["parameters"][made["outputParameterKey"]]
         constant = source["runtimeValue"]["constant"]
         match = PLACEHOLDERS.match(constant)
-        return {"pipeline_job_uuid": self.run_id, "pipeline_job_name": "run"}[match[1]] if match else constant
+        known = {
+            "pipeline_job_uuid": self.run_id,
+            "pipeline_job_name": "run",
+            "pipeline_job_schedule_time_utc": self.due,
+        }
+        return known[match[1]] if match else constant
 
     def _container(self, task: dict, component: dict, values: dict, files: dict) -> dict:
         shown = Task(task["taskInfo"]["name"])
@@ -229,7 +239,7 @@ class Run(threading.Thread):
         made = {name: each["artifacts"][0] for name, each in given["outputs"]["artifacts"].items()}
         parameters = given["outputs"]["parameters"]
         if self.cluster.instead:
-            failed = self.cluster.instead(container["args"][-1], values, log)
+            failed = self.cluster.instead(container["args"][-1], values, folder.name)
             return None if failed else {"artifacts": made, "parameters": dict.fromkeys(parameters, "true")}
         command = [*container["command"], *container.get("args", [])]
         command = [part.replace("{{$}}", json.dumps(given)) for part in command]

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import socket
 import threading
 import uuid
 from collections.abc import Iterator
-from datetime import datetime
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import kfp_server_api as api
 import uvicorn
 from fastapi import FastAPI, HTTPException, Request
-from fastapi.responses import JSONResponse, PlainTextResponse
+from fastapi.responses import JSONResponse
 
 from tests.pipelines.cluster.engine import Cluster, Run
 from tests.pipelines.cluster.kfp_library import Library, answer, now, read_as
@@ -32,6 +31,10 @@ class Endpoint(Library):
         self.recurring: dict[str, Any] = {}
         self.going: dict[str, Run] = {}
         self.down = threading.Event()
+        # What KFP 2.17 does not, and may come to do: write the time over [[ScheduledTime]] in parameters.
+        self.expands = False
+        # What the driver is told of when a run was scheduled: the time itself where it may read the Workflow.
+        self.reads_workflows = False
         self.calls: list[str] = []
         self.app = FastAPI()
         self._routes()
@@ -70,7 +73,6 @@ class Endpoint(Library):
         app.post(f"{base}/recurringruns")(self.create_recurring)
         app.get(f"{base}/recurringruns")(self.list_recurring)
         app.delete(base + "/recurringruns/{name}")(self.delete_recurring)
-        app.get("/apis/v1alpha1/runs/{run}/nodes/{pod}/log")(self.log)
 
     # --- runs -----------------------------------------------------------------------------------------
 
@@ -84,7 +86,7 @@ class Endpoint(Library):
             raise HTTPException(400, {"message": "run needs a pipeline version"})
         if run.experiment_id not in self.experiments:
             raise HTTPException(404, {"message": "Experiment not found"})
-        run.run_id, run.created_at = str(uuid.uuid4()), now()
+        run.run_id, run.created_at = str(uuid.uuid4()), run.created_at or now()
         self.runs[run.run_id] = run
         self._go(run)
         return run
@@ -92,22 +94,27 @@ class Endpoint(Library):
     def _go(self, run: Any) -> None:
         ir, platform = self.packages[run.pipeline_version_reference.pipeline_version_id]
         parameters = (run.runtime_config.parameters if run.runtime_config else None) or {}
-        self.going[run.run_id] = Run(run.run_id, ir, platform, parameters, self.cluster)
+        due = run.scheduled_at if self.reads_workflows and run.scheduled_at else run.created_at
+        stamp = f"{due:%Y-%m-%dT%H:%M:%SZ}"
+        self.going[run.run_id] = Run(run.run_id, ir, platform, parameters, self.cluster, stamp)
         self.going[run.run_id].start()
 
     def fire(self, name: str, scheduled_at: datetime) -> Any:
-        """What the scheduled-workflow controller does when a slot has come."""
+        """What the scheduled-workflow controller does some seconds after a slot has come."""
         recurring = self.recurring[name]
-        parameters = {
-            key: value.replace("[[ScheduledTime]]", f"{scheduled_at:%Y%m%d%H%M%S}")
-            for key, value in (recurring.runtime_config.parameters or {}).items()
-        }
+        parameters = dict(recurring.runtime_config.parameters or {})
+        if self.expands:
+            parameters = {
+                key: value.replace("[[ScheduledTime]]", f"{scheduled_at:%Y%m%d%H%M%S}")
+                for key, value in parameters.items()
+            }
         return self.begin(
             api.V2beta1Run(
                 display_name=f"{recurring.display_name} {scheduled_at:%Y%m%d%H%M%S}",
                 experiment_id=recurring.experiment_id,
                 recurring_run_id=name,
                 scheduled_at=scheduled_at,
+                created_at=scheduled_at + timedelta(seconds=4),
                 pipeline_version_reference=recurring.pipeline_version_reference,
                 runtime_config=api.V2beta1RuntimeConfig(parameters=parameters),
                 service_account=recurring.service_account,
@@ -118,30 +125,34 @@ class Endpoint(Library):
         going = self.going[run.run_id]
         run.state = going.state
         run.error = api.GoogleRpcStatus(code=2, message=going.error) if going.error else None
-        details = [
-            api.V2beta1PipelineTaskDetail(
-                run_id=run.run_id, task_id=f"root-{run.run_id}", display_name="root"
-            )
-        ]
-        for task in list(going.tasks):
-            driver = api.V2beta1PipelineTaskDetail(
-                run_id=run.run_id,
-                task_id=f"driver-{task.task_id}",
-                display_name=f"{task.name}-driver",
-                state="SUCCEEDED",
-                pod_name=f"{task.name}-driver-pod",
-            )
-            below = [api.PipelineTaskDetailChildTask(pod_name=pod) for pod in task.pods]
-            details += [
-                driver,
+        details = []
+
+        def node(name: str, state: str, kind: str = "") -> str:
+            """A node of Argo's graph as KFP shows it: pods are named nowhere, children by their node's id."""
+            number = uuid.uuid5(uuid.UUID(run.run_id), f"{len(details)}").int % 10**10
+            details.append(
                 api.V2beta1PipelineTaskDetail(
                     run_id=run.run_id,
-                    task_id=task.task_id,
-                    display_name=task.name,
-                    state=task.state,
-                    child_tasks=below,
-                ),
-            ]
+                    task_id=f"run-{kind or name}-{number}",
+                    display_name=name,
+                    state=state,
+                    child_tasks=[],
+                )
+            )
+            return f"run-{number}"
+
+        def below(children: list[str]) -> None:
+            details[-1].child_tasks = [api.PipelineTaskDetailChildTask(pod_name=each) for each in children]
+
+        node("root", going.state)
+        for task in list(going.tasks):
+            node(f"{task.name}-driver", "SUCCEEDED", "system-container-driver")
+            # With retries the child of a stage is the node of all attempts; the pods are below that one.
+            attempts = [node(f"executor({n})", "", "system-container-impl") for n, _ in enumerate(task.pods)]
+            executor = node("executor", task.state if task.pods else "SKIPPED", "system-container-impl")
+            below(attempts)
+            node(task.name, task.state, "system-container-executor")
+            below([executor])
         run.run_details = api.V2beta1RunDetails(task_details=details)
         return run
 
@@ -167,12 +178,6 @@ class Endpoint(Library):
             raise HTTPException(400, {"message": "Workflow must be Failed/Error to retry"})
         self._go(self.runs[run])
         return JSONResponse({})
-
-    async def log(self, run: str, pod: str) -> PlainTextResponse:
-        path = self.cluster.folder / "pods" / pod / "main.log"
-        if not path.exists():
-            return PlainTextResponse(json.dumps({"error_message": f'pods "{pod}" not found'}), 500)
-        return PlainTextResponse(path.read_text(errors="replace"))
 
     # --- recurring runs -------------------------------------------------------------------------------
 
