@@ -1,8 +1,8 @@
 """How much memory `tuneyard advise` says train, compress and evaluate will need, beside what each then had.
 
 Each case is a pipeline file with some settings changed and a few updates: enough for the moments, an
-evaluation and a checkpoint, which is when most is held; two are longer. Each stage has a process of its own, as in a line;
-compress and evaluate take what train made, for the cases that say so.
+evaluation and a checkpoint, which is when most is held; two are longer. Each stage has a process of its own,
+as in a line; compress and evaluate take what train made, for the cases that say so.
 """
 
 from __future__ import annotations
@@ -29,7 +29,10 @@ _SHORT = ("train.max_steps=3", "train.eval_steps=2", "train.checkpoint_steps=2")
 _CASES: dict[str, tuple[str, tuple[str, ...]]] = {
     "encoder_full": ("classify_finance", ("train.epochs=null",)),
     # Longer: what a process keeps of each length it has seen must not grow with them.
-    "encoder_longer": ("classify_finance", ("train.epochs=null", "train.max_steps=72", "train.eval_steps=24")),
+    "encoder_longer": (
+        "classify_finance",
+        ("train.epochs=null", "train.max_steps=72", "train.eval_steps=24"),
+    ),
     "encoder_small_batch": ("classify_finance", ("train.epochs=null", "train.per_device_batch_size=8")),
     "decoder_lora": ("sft_legal", ("train.epochs=null",)),
     "decoder_lora_longer": ("sft_legal", ("train.epochs=null", "train.max_steps=24", "train.eval_steps=12")),

@@ -63,6 +63,7 @@ def ours(task: dict[str, Any], examples: Sequence[Encoded], clock: Clock) -> Non
     import torch
 
     from components.shared import causal
+    from components.shared.clock import keep_few_kernels
     from components.train.adapters.applying import apply_adapter
     from components.train.config import TrainConfig
     from components.train.data import schedule_batches
@@ -71,6 +72,7 @@ def ours(task: dict[str, Any], examples: Sequence[Encoded], clock: Clock) -> Non
     from components.train.sharding.whole import Whole
     from components.train.update import make_optimizer, timed_update
 
+    keep_few_kernels()
     config = TrainConfig(
         objective="sft",
         base_model=task["model"],

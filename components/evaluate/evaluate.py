@@ -31,7 +31,7 @@ from components.evaluate import (
 from components.evaluate.config import EvaluateConfig
 from components.evaluate.findings import Findings, flat, numbers
 from components.evaluate.slices import keeping
-from components.shared import examples, jsonl, media
+from components.shared import clock, examples, jsonl, media
 from components.shared.errors import TuneyardError
 from components.shared.modelcard import ModelCard
 from components.shared.stage import Artifact, Context, Result
@@ -56,6 +56,7 @@ def evaluate(config: EvaluateConfig, inputs: Mapping[str, Artifact], context: Co
         TuneyardError: test is empty or holds a row of train, a gate is on a metric that this task has not,
             or the text metrics do not hold for the corpus.
     """
+    clock.keep_few_kernels()
     card = ModelCard.read(inputs["model"].path)
     task = task_of(inputs, config)
     tests = read_tests(inputs)
