@@ -179,6 +179,8 @@ def settle_in() -> None:
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr, force=True)
     logging.getLogger("tuneyard").setLevel(logging.INFO)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    # DeepSpeed is imported where a model is saved, and has a word for every machine without a GPU.
+    logging.getLogger("DeepSpeed").addFilter(lambda said: "Setting accelerator" not in said.getMessage())
 
 
 def read_manifests(inputs: Mapping[str, Any]) -> dict[str, Manifest]:

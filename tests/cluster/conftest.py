@@ -64,6 +64,7 @@ def pipeline(cluster, tiny_encoder, tmp_path_factory):
         "train": train | {"per_device_batch_size": 16, "max_length": 128},
         "register": {},
         "deploy": {},
+        "hardware": {"gpus_per_node": 0},  # so that any cluster will do
     }
     path = tmp_path_factory.mktemp("pipeline") / "little.yaml"
     path.write_text(yaml.safe_dump(settings))

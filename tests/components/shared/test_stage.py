@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import subprocess
+import sys
 import time
 
 import psutil
@@ -231,3 +233,17 @@ def test_equal_bytes_from_another_setting_cut_off_early(stage):
     one, _ = stage(Config(number=3))
     other, calls = stage(Config(number=13))
     assert len(calls) == 2 and one["outputs"] == other["outputs"]
+
+
+def test_deepspeeds_word_for_machines_without_a_gpu_is_not_heard_and_others_are(capfd):
+    """Where a model is saved, transformers asks whether it is one of DeepSpeed's, which imports all of it."""
+    pytest.importorskip("deepspeed")
+    code = (
+        "from components.shared.stage import settle_in; settle_in()\n"
+        "import deepspeed\n"
+        "from deepspeed.accelerator import get_accelerator; get_accelerator()\n"
+        "from deepspeed.utils import logger; logger.warning('another word')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "Setting accelerator" not in done.stdout + done.stderr
+    assert "another word" in done.stdout + done.stderr
