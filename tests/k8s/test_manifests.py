@@ -22,7 +22,7 @@ KUBERNETES = "1.34"
 # Kinds that Kubernetes itself does not know; tests/k8s/test_custom_resources.py has to do with these.
 CUSTOM = {
     *("ClusterQueue", "ExternalSecret", "Gateway", "HTTPRoute", "InferenceService", "LocalQueue"),
-    *("PodMonitor", "Profile", "PrometheusRule", "ResourceFlavor", "TrainingRuntime"),
+    *("PodMonitor", "Profile", "PrometheusRule", "ResourceFlavor", "ServiceMonitor", "TrainingRuntime"),
 }
 CLUSTER_WIDE = {"Namespace", "Profile", "ClusterQueue", "ResourceFlavor"}
 

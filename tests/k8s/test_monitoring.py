@@ -13,10 +13,11 @@ import yaml
 from prometheus_client.parser import text_string_to_metric_families
 from starlette.testclient import TestClient
 
+from k8s import render
 from serving import app
 from serving.catalogue import Catalogue
 from serving.telemetry import Telemetry
-from tests.k8s.manifests import one
+from tests.k8s.manifests import one, pods_of
 
 CASES = Path(__file__).with_name("alerts.yaml")
 K8S = Path(__file__).resolve().parents[2] / "k8s"
@@ -184,9 +185,25 @@ def test_the_dashboards_queries_are_promql(prod, promtool, tmp_path) -> None:
     assert checked(["sum by (model (tuneyard_in_flight)"]).returncode != 0
 
 
-def test_pod_monitors_find_the_pods(prod) -> None:
-    monitor = one(prod, "PodMonitor", "tuneyard-serving")["spec"]
-    template = one(prod, "Deployment", "tuneyard-serving")["spec"]["template"]
-    assert monitor["selector"]["matchLabels"].items() <= template["metadata"]["labels"].items()
-    ports = {port["name"] for port in template["spec"]["containers"][0]["ports"]}
-    assert {endpoint["port"] for endpoint in monitor["podMetricsEndpoints"]} <= ports
+@pytest.mark.parametrize("overlay", ["prod", "prod-kserve"])
+def test_the_monitor_of_the_server_finds_its_service_and_that_the_pods(overlay) -> None:
+    objects = list(yaml.safe_load_all(render.render(overlay, {})))
+    monitor = one(objects, "ServiceMonitor", "tuneyard-serving")["spec"]
+    wanted = monitor["selector"]["matchLabels"].items()
+    services = [
+        item
+        for item in objects
+        if item["kind"] == "Service" and wanted <= item["metadata"].get("labels", {}).items()
+    ]
+    assert [service["metadata"]["name"] for service in services] == ["tuneyard-serving-admin"]
+    service = services[0]["spec"]
+    assert service["publishNotReadyAddresses"]
+    assert {end["port"] for end in monitor["endpoints"]} == {port["name"] for port in service["ports"]}
+    selected = [
+        pod
+        for _, pod, about in pods_of(objects)
+        if service["selector"].items() <= about.get("labels", {}).items()
+    ]
+    assert len(selected) == 1
+    ports = {port["containerPort"] for port in selected[0]["containers"][0]["ports"]}
+    assert {port.get("targetPort", port["port"]) for port in service["ports"]} <= ports
