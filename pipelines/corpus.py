@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,8 @@ from components.ingest.config import IngestConfig
 from components.ingest.ingest import examples_of
 from components.shared.errors import TuneyardError
 from components.shared.store import Store
+from components.split.config import SplitConfig
+from components.split.split import side_of
 from pipelines.spec import PipelineSpec
 
 # Examples that are tokenised for a prediction; the longest of more are hardly longer.
@@ -64,6 +66,16 @@ def documents_to_size(spec: PipelineSpec, store: Store, scratch: Path) -> Docume
     return Documents(rows, round(parts.total() * train / (train + watched)), parts.total())
 
 
+def tests_among(rows: Sequence[Mapping[str, Any]], config: SplitConfig) -> list[Mapping[str, Any]]:
+    """The examples that split will put into test, but for leaks; of a source with a test of its own, all.
+
+    What it brings is not read for a prediction; its texts are taken to be as long as the others.
+    """
+    if config.test_source:
+        return list(rows)
+    return [row for row in rows if side_of(row, config, own_test=False) == "test"] or list(rows[:1])
+
+
 def train_share(spec: PipelineSpec) -> float:
     """The share (0-1) of the corpus itself that is trained on."""
     train, watched, judged = spec.split.ratios
@@ -76,7 +88,7 @@ def _read(
     """Some of a source's rows, and how many each part of it has."""
     parts: Counter[str] = Counter()
     found = (row for row in examples_of(config, store, scratch) if _counted(row, parts))
-    rows = [{**row, "id": str(number)} for number, row in enumerate(itertools.islice(found, _READ))]
+    rows = list(itertools.islice(found, _READ))
     if not rows:
         raise TuneyardError(f"{config.source}: no row of it is an example", todo)
     for _ in found:

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from pipelines import corpus
 from pipelines.smaller import gib
 from pipelines.spec import PipelineSpec
 
@@ -29,7 +30,7 @@ def of_stages(
         needs: of train, by its dry run.
         folder: of the base, without weights.
         file_bytes: of its weights.
-        rows: of the corpus; the longest of them may be in test.
+        rows: of the corpus.
     """
     found = {"evaluate": _evaluate(spec, needs, folder, file_bytes, rows)}
     if spec.compress is not None:
@@ -46,9 +47,7 @@ def _evaluate(
     if not known(spec):
         # Base and tuned are judged one after the other; the file of each is mapped while it is read.
         return footprint.CAUSAL_HOST_BYTES + 4 * int(needs.total_weights) + file_bytes
-    # As many as will be judged: a batch is as full as it will be.
-    share = spec.split.ratios[2] if not spec.split.test_source else 1.0
-    tests = rows[: max(1, round(len(rows) * share))]
+    tests = corpus.tests_among(rows, spec.split)
     if spec.train.objective.kind == "classification":
         labels = len({row["label"] for row in rows})
         texts = [row["text"] for row in tests]

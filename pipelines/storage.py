@@ -11,8 +11,6 @@ import orjson
 from pipelines.corpus import Documents
 from pipelines.spec import PipelineSpec
 
-# Beside the fields that are read: the id is a sha256 in hex, and its place in a prediction is a number.
-_ID_BYTES = 60
 # Of train's ledger: the id cut short, what became of it, how often it was seen.
 _LEDGER_BYTES = 48
 # Of a judged text: what each system said of it, and how sure it was, beside the text.
@@ -75,4 +73,4 @@ def left_bytes(
 
 def _written(rows: Sequence[Mapping[str, Any]]) -> float:
     """Bytes of a row as ingest writes it, on average."""
-    return sum(len(orjson.dumps(row)) + 1 + _ID_BYTES for row in rows) / len(rows)
+    return sum(len(orjson.dumps(row)) + 1 for row in rows) / len(rows)

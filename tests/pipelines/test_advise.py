@@ -9,6 +9,8 @@ import pytest
 
 from components.shared import jsonl
 from components.shared.errors import UsageError
+from components.shared.stage import Artifact, Context
+from components.split.split import split
 from components.train.config import TrainConfig
 from pipelines import advise, bases, corpus, duration, fits, footprints, sizing, smaller, storage
 from pipelines.spec import load
@@ -52,8 +54,8 @@ def test_what_a_run_leaves_is_what_its_stages_write(tmp_path):
     spec = load("classify_finance")
     (tmp_path / "tokenizer.json").write_bytes(b"x" * 711_396)
     needs = SimpleNamespace(total_weights=22_716_296, moving_weights=22_716_296)
-    # Rows of 1,389.8 bytes as ingest writes them, of which 60 are the end of an id.
-    rows = [{"text": "x" * (1_390 - 60 - 12)}]
+    # Rows of 1,389.8 bytes as ingest writes them.
+    rows = [{"text": "x" * (1_390 - 12)}]
     left = storage.left_bytes(spec, needs, tmp_path, 90_868_376, rows, 7_674, 2_189 / 7_674)
     measured = {"ingest": 10_665_233, "split": 10_665_233, "evaluate": 2_165_000, "compress": 23_133_000}
     for stage, count in measured.items():
@@ -284,12 +286,31 @@ def test_domain_text_is_read_and_what_of_it_is_trained_on(pipeline, tmp_path):
     found = corpus.documents_to_size(spec, None, tmp_path / "scratch")
     train, watched, _ = spec.split.ratios
     assert found.total == 90 and found.train == round(90 * train / (train + watched))
-    assert [row["id"] for row in found.rows[:2]] == ["0", "1"]
     assert corpus.documents_to_size(pipeline, None, tmp_path) is None
     needs = SimpleNamespace(total_weights=1, moving_weights=1)
     given = spec, needs, tmp_path / "none", 0, [{"text": "x"}], 1, 0.5
     more = storage.left_bytes(*given, found)["ingest"] - storage.left_bytes(*given)["ingest"]
-    assert more == pytest.approx(90 * (len(json.dumps(found.rows[0])) + storage._ID_BYTES), rel=0.03)
+    assert more == pytest.approx(90 * len(json.dumps(found.rows[0], separators=(",", ":")) + "\n"), rel=0.03)
+
+
+def test_what_is_judged_in_a_prediction_is_what_split_will_put_into_test(pipeline, tmp_path):
+    rows, counted, in_all = corpus.examples_to_size(pipeline, None, tmp_path / "scratch")
+    tests = corpus.tests_among(rows, pipeline.split)
+    context = Context("run", "tiny", "split", "k" * 64, None, tmp_path / "out", tmp_path / "work")
+    (tmp_path / "all").mkdir()
+    jsonl.write(tmp_path / "all" / "examples.jsonl", rows)
+    context.out.mkdir()
+    inputs = {
+        "examples": Artifact(
+            SimpleNamespace(digest="all", metadata={"dataset_type": "prompt-completion"}), tmp_path / "all"
+        )
+    }
+    split(pipeline.split.model_copy(update={"max_kl_nats": 100.0}), inputs, context)
+    written = [row["id"] for row in jsonl.read(context.out / "test" / "examples.jsonl")]
+    assert 0 < len(written) < len(rows) == in_all > counted
+    assert sorted(written) == sorted(row["id"] for row in tests)
+    brought = pipeline.split.model_copy(update={"test_source": "s3://elsewhere"})
+    assert corpus.tests_among(rows, brought) == rows
 
 
 def test_a_registered_model_is_read_without_its_weights(tmp_path, monkeypatch):
