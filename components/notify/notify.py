@@ -134,6 +134,15 @@ def _post(url: str, text: str) -> None:
     )
 
 
+def _slot(run: Mapping[str, str], store: Store) -> str:
+    """The slot of a run; '' where it cannot be told, which is no reason to tell nothing."""
+    try:
+        return slots.of_run(run, store)
+    except TuneyardError as error:
+        log.warning("%s", error)
+        return ""
+
+
 def main(config: NotifyConfig, run: Mapping[str, str], stages: Sequence[str]) -> None:
     """The body of the exit handler. A webhook that is down must not turn a good run into a failed one.
 
@@ -146,7 +155,7 @@ def main(config: NotifyConfig, run: Mapping[str, str], stages: Sequence[str]) ->
         logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr, force=True)
         try:
             store = Store.from_environment()
-            ended = ending(run["id"], run["pipeline"], slots.of_run(run, store), stages, store)
+            ended = ending(run["id"], run["pipeline"], _slot(run, store), stages, store)
         except TuneyardError as error:
             title = f"{run['pipeline']}, run {run['id']}"
             ended = Ending("failed", f"{title}: nobody can say how it ended\n{error}")

@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterator
 from datetime import UTC, date, datetime, time, timedelta
 from typing import NamedTuple
-from zoneinfo import ZoneInfo
+from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
 from components.shared.errors import TuneyardError
 
@@ -68,6 +68,18 @@ def _number(text: str, field: str) -> int | None:
         return int(text)
     least = 1 if field == "month" else 0
     return names.index(text.lower()) + least if text.lower() in names else None
+
+
+def zone_of(name: str) -> ZoneInfo:
+    """A time zone by its IANA name.
+
+    Raises:
+        TuneyardError: there is none of that name.
+    """
+    try:
+        return ZoneInfo(name)
+    except (ValueError, ZoneInfoNotFoundError, OSError) as error:
+        raise TuneyardError(f"{name!r} is no time zone", "name one as Europe/Berlin, or UTC") from error
 
 
 def last(cron: str, zone: ZoneInfo, moment: datetime) -> datetime:

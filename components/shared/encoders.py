@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from components.shared import causal, window
+from components.shared import causal, prompts, window
 from components.shared.errors import TuneyardError
 
 # oneDNN keeps a kernel of every product for each length it meets (12 MiB a length for MiniLM), and freed
@@ -37,7 +37,7 @@ def padded(model: Any, tokenizer: Any, batch: Sequence[Sequence[int]]) -> Mappin
     """Tensors of a batch of token ids, on the device.
 
     Args:
-        model: that reads them; a batch is not made longer than its window.
+        model: that reads them; a batch is not made longer than its window, in which a soft prompt is too.
         tokenizer: its tokenizer.
         batch: token ids of each text.
 
@@ -46,7 +46,8 @@ def padded(model: Any, tokenizer: Any, batch: Sequence[Sequence[int]]) -> Mappin
         the tokens of the longest text, rounded up.
     """
     longest = max(map(len, batch))
-    most = window.of_model(model) or longest
+    prompt = prompts.of(model)
+    most = (window.of_model(model) or longest) - (prompt.tokens if prompt is not None else 0)
     columns = max(longest, min(-(-longest // _LENGTHS_OF) * _LENGTHS_OF, most))
     lists = {"input_ids": [list(ids) for ids in batch]}
     # On the right, whatever the tokenizer's own side: what is read at a token counts from the left.

@@ -23,7 +23,7 @@ from itertools import pairwise
 from typing import Any, NamedTuple
 
 from components.shared import s3
-from components.shared.errors import StoreError
+from components.shared.errors import StoreError, TuneyardError
 from components.shared.progress import PREFIX
 from components.shared.store import Store
 
@@ -102,12 +102,15 @@ def shipped(run: str, name: str) -> Iterator[None]:
         run: id of the run.
         name: of the stage, or of the share of one that is done here.
     """
-    pod = os.environ.get(_POD, "")
-    if not pod or not os.environ.get("TUNEYARD_STORE"):
+    pod, store = os.environ.get(_POD, ""), None
+    if pod and os.environ.get("TUNEYARD_STORE"):
+        with contextlib.suppress(TuneyardError):  # the work needs it too, and says better what is wrong
+            store = Store.from_environment().impatient()
+    if store is None:
         yield
         return
     said: deque[str] = deque()
-    shipping = _Shipping(Store.from_environment().impatient(), f"{name}/{pod}", run, said)
+    shipping = _Shipping(store, f"{name}/{pod}", run, said)
     streams = sys.stdout, sys.stderr
     sys.stdout, sys.stderr = (_Tee(stream, said) for stream in streams)
     shipping.start()

@@ -65,7 +65,7 @@ def add(model: Any, kind: Kind, tokens: int, projection: int = 0) -> None:
             )
         else:
             prompt = _module(torch.randn(tokens, rows) * _DEVIATION)
-    prompt.unread = False
+    prompt.unread, prompt.tokens = False, tokens
     inside.add_module(CHILD, prompt.to(device))
     before = _before_words if kind == "prompt" else _before_layers
     _read_first(inside, list(takes), before)
@@ -131,19 +131,6 @@ def _shapes(config: Any) -> set[tuple[int, int]]:
         )
         for layer in layers
     }
-
-
-def positions(model: Any) -> int | None:
-    """How many positions a model has a learned vector for; None where they are computed."""
-    inside = families.body(model)
-    learned = [
-        module.num_embeddings
-        for name, module in inside.named_modules()
-        if name.endswith(("position_embeddings", "wpe"))
-    ]
-    padding = getattr(inside.config, "pad_token_id", None) or 0
-    # RoBERTa counts from the padding token's id on.
-    return min(learned) - (padding + 1 if "roberta" in inside.config.model_type else 0) if learned else None
 
 
 def values(prompt: Any) -> Any:

@@ -17,7 +17,6 @@ import logging
 import re
 from collections.abc import Mapping
 from datetime import UTC, datetime
-from zoneinfo import ZoneInfo
 
 from components.shared import cron
 from components.shared.errors import StageStopped, TuneyardError
@@ -63,7 +62,7 @@ def of_run(run: Mapping[str, str], store: Store) -> str:
     known = store.read_json(name)
     if known is None:
         due = _due(run.get("due", ""))
-        slot = cron.last(times, ZoneInfo(zone), due).strftime(_FORMAT)
+        slot = cron.last(times, cron.zone_of(zone), due).strftime(_FORMAT)
         store.write_json(name, {"slot": slot, "due": due.isoformat()}, once=True)
         known = store.read_json(name) or {"slot": slot}
     return str(known["slot"])

@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from components.shared import causal, media, sources
+from components.shared import causal, clock, media, sources
 from components.shared.modelcard import BaseModelRef
 from components.shared.stage import Artifact, Context
 from components.train import holding, selfcheck, tokens
@@ -37,10 +37,11 @@ def examples(inputs: Mapping[str, Artifact]) -> Rows:
 
 
 def _seed(seed: int) -> None:
-    """Seed everything; on a GPU, choose reproducible kernels over the fastest ones."""
+    """Seed everything; choose few kernels on a CPU, and on a GPU reproducible ones over the fastest."""
     import numpy
     import torch
 
+    clock.keep_few_kernels()
     random.seed(seed)
     numpy.random.seed(seed)
     torch.manual_seed(seed)
@@ -74,7 +75,7 @@ def opened(
     cache: Path | None = getattr(context.store, "cache", None)  # without one, each run tokenises
     encoded, ledgers = tokens.encoded(objective, learned, config, folder, cache, guide.longest_judged)
     for side in encoded.values():
-        refuse_beyond(objective.window_tokens, map(objective.sequence_tokens, side))
+        refuse_beyond(objective.window_tokens, objective.longest_tokens(side))
     for side, left_out in unused.items():
         ledgers[side].leave_out(left_out)
     return objective, learned, encoded, ledgers

@@ -183,7 +183,7 @@ def fetch(store: Store, prefix: str, step: int, folder: Path) -> bool:
         Whether it arrived whole; if not, the folder is without it.
     """
     aside, path = folder / f".step-{step}", folder / f"step-{step}"
-    for old in (aside, path):
+    for old in (aside, path):  # what is here may be damaged, and must not stay if this does not arrive
         shutil.rmtree(old, ignore_errors=True)
     aside.mkdir(parents=True)
     sizes = {
@@ -203,5 +203,5 @@ def fetch(store: Store, prefix: str, step: int, folder: Path) -> bool:
         log.warning("the checkpoint of step %d in the store is damaged (%s)", step, error)
         shutil.rmtree(aside)
         return False
-    os.replace(aside, path)
+    _place(aside, path)
     return True

@@ -109,17 +109,16 @@ def fit_lengths(
     return kept, ledger
 
 
-def refuse_beyond(window_tokens: int | None, lengths: Iterable[int]) -> None:
+def refuse_beyond(window_tokens: int | None, longest: int) -> None:
     """Check that the model has a position for each token.
 
     Args:
         window_tokens: that it has positions for; None for no limit.
-        lengths: tokens of each sequence that it is given.
+        longest: tokens of the longest sequence that it is given.
 
     Raises:
-        StageStopped: one is longer.
+        StageStopped: there are more.
     """
-    longest = max(lengths)
     if window_tokens is not None and longest > window_tokens:
         raise StageStopped(
             f"an example has {longest} tokens, the base model reads {window_tokens}",

@@ -45,7 +45,7 @@ def encoded(objective: Objective, rows: Sequence[Mapping[str, Any]], config: Tra
     found, _ = fit_lengths(rows, lambda _: next(every), objective.shorten, config, objective.pieces)
     if not found:
         raise StageStopped("no example of train is left to use", "see train.max_length and train.over_length")
-    refuse_beyond(objective.window_tokens, map(objective.sequence_tokens, found))
+    refuse_beyond(objective.window_tokens, objective.longest_tokens(found))
     return found
 
 

@@ -10,9 +10,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from components.shared import causal, clock, interrupts, prompts
+from components.shared import causal, clock, interrupts
 from components.shared.progress import Progress
 from components.train import checkpoint, measures, shards
+from components.train.adapters import switch
 from components.train.config import TrainConfig
 from components.train.diagnostics import Watch
 from components.train.objectives.base import Objective
@@ -140,11 +141,13 @@ def judged(
 
 
 def _save(now: Ongoing, folder: Path, config: TrainConfig, saved: Callable[[Path], None]) -> None:
-    if now.done > now.saved:
-        path = now.save(folder, config)
-        if path:
-            saved(path)
-        now.saved = now.done  # not before: cut off within either, it is done again
+    if now.done <= now.saved:
+        return
+    if now.written is None or now.written[0] != now.done:
+        now.written = now.done, now.save(folder, config)
+    if path := now.written[1]:
+        saved(path)
+    now.saved = now.done  # not before: what was cut off, of writing or of storing, is done again
 
 
 @contextlib.contextmanager
@@ -210,7 +213,7 @@ def _begin(
     objective.model.train()
     found = checkpoint.newest(folder, state.before)
     if found is None:
-        with prompts.unread(objective.model):  # what a soft prompt begins as is not the base
+        with switch.off(objective.model):  # what a soft prompt begins as is not the base
             losses = judge()
         state.base_loss, state.range_test = losses["eval_loss"], made.range_test
         original = state.first["original"] if state.first else losses

@@ -62,6 +62,7 @@ class Ongoing:
         best: this process's parts of the weights of the best evaluation.
         random: random state after the last update.
         saved: updates in the newest checkpoint that is where it belongs, in the store too.
+        written: updates in the newest that is on this disk, and its folder in the process that writes.
         tokens: trained on by this process.
         seconds: that took.
     """
@@ -71,6 +72,7 @@ class Ongoing:
     best: Mapping[str, Any]
     random: Mapping[str, Any]
     saved: int
+    written: tuple[int, Path | None] | None = None
     tokens: int = 0
     seconds: float = 0.0
 

@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from components.shared import examples, sources, tasks
+from components.shared import examples, media, sources, tasks
 from components.shared.errors import StageStopped, TuneyardError
 from components.shared.store import Store
 from components.train.config import TrainConfig
-from components.train.data import fit_lengths
+from components.train.data import fit_lengths, refuse_beyond
 from components.train.objectives.base import Objective
 
 _SHOWN = 5
@@ -52,7 +52,7 @@ def read(config: TrainConfig, store: Store) -> list[dict[str, Any]]:
                 faults.append(f"{path.name}:{number} {fault}")
             elif row is not None:
                 origin = {"file": path.name, "line": number, "part": "main"}
-                rows.append({"id": f"{path.name}:{number}", "origin": origin, **row})
+                rows += media.rooted([{"id": f"{path.name}:{number}", "origin": origin, **row}], path.parent)
     if faults or len(rows) < 2:
         first = "; ".join(faults[:_SHOWN]) or f"{len(rows)} rows in {len(files)} *.jsonl files"
         raise TuneyardError(
@@ -92,7 +92,7 @@ def encode(objective: Objective, rows: Sequence[dict[str, Any]], config: TrainCo
     """The retention set, its rows dealt into those that are judged and those that are trained on.
 
     Raises:
-        StageStopped: too few rows fit.
+        StageStopped: too few rows fit, or one is longer than the model reads.
     """
     assert config.retain is not None
     usable = objective.usable(list(rows))
@@ -107,6 +107,8 @@ def encode(objective: Objective, rows: Sequence[dict[str, Any]], config: TrainCo
             f"of {len(rows)} retention examples {len(sides[0])} can be judged and {len(sides[1])} trained on",
             "give train.retain.source more examples that fit, see train.max_length",
         )
+    for side in sides:
+        refuse_beyond(objective.window_tokens, objective.longest_tokens(side))
     return Retained(*sides)
 
 

@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from components.shared import clock, drift, sources, tracking
+from components.shared import drift, sources, tracking
 from components.shared.modelcard import BaseModelRef, ModelCard
 from components.shared.stage import Artifact, Context, Result
 from components.train import (
@@ -114,7 +114,6 @@ def train_here(
         StageStopped: too many examples are over-long, or there are too few labels.
         TuneyardError: the loss is not finite, or other weights move than the adapter promises.
     """
-    clock.keep_few_kernels()
     base = _reference(config.base_model, context, config.revision)
     rows, layout = examples(inputs), open_layout(sharding, ranks)
     with contextlib.ExitStack() as open_runs:

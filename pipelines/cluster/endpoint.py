@@ -13,8 +13,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
-from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
+from components.shared import cron
 from components.shared.errors import TuneyardError, UsageError
 
 URL_VARIABLE = "TUNEYARD_KFP_ENDPOINT"
@@ -157,8 +157,8 @@ def configured() -> Endpoint | None:
     read = os.environ.get
     zone = read(ZONE_VARIABLE, "").strip() or "UTC"
     try:
-        ZoneInfo(zone)
-    except (ValueError, ZoneInfoNotFoundError, OSError) as error:
+        cron.zone_of(zone)
+    except TuneyardError as error:
         todo = "write it as in Europe/Berlin: what KFP's scheduler has as CRON_SCHEDULE_TIMEZONE"
         raise UsageError(f"{ZONE_VARIABLE} is {zone!r}, which is no time zone", todo) from error
     return Endpoint(url, read(NAMESPACE_VARIABLE, ""), read(TOKEN_VARIABLE, ""), read(CA_VARIABLE, ""), zone)

@@ -66,7 +66,8 @@ class Logs:
                     self._tell_done(stage)
         except StoreError as error:
             if not self._lost:
-                log.warning("%s\nthe logs are shown again when the store answers", error.what)
+                then = f"tuneyard runs attach {self._run} shows them" if ended else "they are shown"
+                log.warning("%s\nno logs; %s again when the store answers", error.what, then)
             self._lost = True
         else:
             self._lost = False

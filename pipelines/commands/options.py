@@ -41,7 +41,7 @@ def nearest_store(also: Sequence[str] = ()) -> Any:
         missing = [name for name in also if not os.environ.get(name)]
         if missing:
             raise UsageError(
-                f"TUNEYARD_STORE is {store}, and {', '.join(missing)} not set",
+                f"TUNEYARD_STORE is {store}, but not set: {', '.join(missing)}",
                 "set them too (docs/kubernetes.md), or unset TUNEYARD_STORE to mean this machine's platform",
             )
     else:

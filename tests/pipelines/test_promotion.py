@@ -181,5 +181,5 @@ def test_what_of_a_cluster_is_not_named_is_said_before_anything_is_written(two):
     missing = {"MLFLOW_TRACKING_URI": None, "TUNEYARD_SERVING_TOKEN": None}
     done = command("promote", NAME, "--version", "1", **missing)
     assert done.returncode == 2
-    assert "MLFLOW_TRACKING_URI, TUNEYARD_SERVING_TOKEN not set" in done.stderr
+    assert "not set: MLFLOW_TRACKING_URI, TUNEYARD_SERVING_TOKEN" in done.stderr
     assert len(promotion.history(NAME)) == 2

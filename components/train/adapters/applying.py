@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-from components.shared import addons, families, nf4, prompts
+from components.shared import addons, families, nf4, window
 from components.shared.addons import Addon
 from components.shared.errors import TuneyardError
 from components.train import checkpoint
@@ -171,7 +171,7 @@ def _attach(objective: Objective, config: TrainConfig) -> None:
     adapter, model = config.adapter, objective.model
     if isinstance(adapter, SoftPrompt):
         stop_packing(model, config.max_length)
-        places = prompts.positions(model)
+        places = window.learned(model)
         if places is not None and adapter.tokens + config.max_length > places:
             raise TuneyardError(
                 f"{adapter.tokens} virtual tokens and examples of {config.max_length} need more than the "

@@ -12,6 +12,7 @@ from typing import Any
 
 from components.shared import causal, clock, packed, window
 from components.shared.tasks import Task
+from components.train import shards
 from components.train.ranks import Ranks
 
 # Makes the context of a forward pass: the precision to compute in.
@@ -71,9 +72,9 @@ class Objective(ABC):
         """The same for many, in order; an objective may be quicker at it than one by one."""
         return (self.encode(example) for example in examples)
 
-    def sequence_tokens(self, encoded: Any) -> int:
-        """Tokens of the longest sequence that the model is given of an example."""
-        return len(encoded)
+    def longest_tokens(self, encoded: Sequence[Any]) -> int:
+        """Tokens of the longest sequence that the model is given of these examples."""
+        return max(shards.lengths(encoded))
 
     @abstractmethod
     def shorten(self, encoded: Any, max_length: int) -> Any | None:

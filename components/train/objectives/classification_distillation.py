@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from components.shared import causal, encoders
+from components.shared.errors import TuneyardError
 from components.shared.progress import Progress
 from components.shared.tasks import Task
 from components.train.objectives import divergences, texts
@@ -24,7 +25,7 @@ _TEACHER_TOKENS = 8192
 
 
 @dataclass
-class Verdict:
+class Opinion:
     """What the teacher makes of a text.
 
     Args:
@@ -38,15 +39,15 @@ class Verdict:
 class Taught(Labelled):
     """A labelled text, as its teacher's tokenizer reads it, and what the teacher makes of it.
 
-    Its verdict comes later and must be kept with it: such an example has no form on disk (see shards.py).
+    Its opinion comes later and must be kept with it: such an example has no form on disk (see shards.py).
 
     Args:
         theirs: token ids of the teacher.
-        verdict: of the teacher.
+        opinion: of the teacher.
     """
 
     theirs: list[int] = field(default_factory=list, compare=False)
-    verdict: Verdict = field(default_factory=Verdict, compare=False)
+    opinion: Opinion = field(default_factory=Opinion, compare=False)
 
 
 class ClassificationDistillation(Noting, Classification):
@@ -109,11 +110,14 @@ class ClassificationDistillation(Noting, Classification):
                 batch = encoders.padded(reads.model, reads.tokenizer, theirs)
                 logits = reads.model(**batch).logits.float()[:, self._columns].tolist()
                 for index, row in zip(indices, logits, strict=True):
-                    encoded[index].verdict.logits = row
+                    encoded[index].opinion.logits = row
                 progress.advance(len(indices))
         self._teacher = replace(reads, model=None)  # it has said all that it is asked for
-        if not all(each.verdict.logits for each in encoded):
-            raise RuntimeError("what the teacher said was not kept: examples are made anew when asked for")
+        if not all(each.opinion.logits for each in encoded):
+            raise TuneyardError(
+                "what the teacher said of a text is not with it: train would go by the labels alone",
+                "report this: examples are read anew where they must be kept (shards.py)",
+            )
 
     def summed_loss(self, batch: Sequence[Any], label_smoothing: float) -> Any:
         """See Objective; a text that the teacher did not read has the hard loss alone."""
@@ -124,10 +128,10 @@ class ClassificationDistillation(Noting, Classification):
         logits = self.model(**inputs).logits.float()
         labels = torch.tensor([e.label for e in batch], device=logits.device)
         hard = torch.nn.functional.cross_entropy(logits, labels, reduction="none")
-        of = [at for at, each in enumerate(batch) if each.verdict.logits]
+        of = [at for at, each in enumerate(batch) if each.opinion.logits]
         if not of:
             return hard.sum()
-        theirs = logits.new_tensor([batch[at].verdict.logits for at in of])
+        theirs = logits.new_tensor([batch[at].opinion.logits for at in of])
         soft = divergences.nats(theirs, logits[of], settings.temperature, "forward").sum()
         self.note(hard_loss=float(hard.detach().sum()), divergence=float(soft.detach()))
         weights = logits.new_ones(len(batch))

@@ -27,9 +27,9 @@ class Seq2Seq(Objective):
         """See Objective; its length is that of both sides together."""
         return seq2seq.encode(self.tokenizer, example)
 
-    def sequence_tokens(self, encoded: Encoded) -> int:
+    def longest_tokens(self, encoded: Sequence[Encoded]) -> int:
         """See Objective; each side has positions of its own."""
-        return max(len(encoded.prompt), len(encoded.answer))
+        return max(max(len(each.prompt), len(each.answer)) for each in encoded)
 
     def shorten(self, encoded: Encoded, max_length: int) -> Encoded | None:
         """Cut the prompt from its left, but for the first token where that begins every sequence."""

@@ -6,9 +6,20 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import AutoModel, AutoTokenizer, BertConfig, BertModel, RobertaConfig, RobertaModel
+from transformers import (
+    AutoModel,
+    AutoTokenizer,
+    BertConfig,
+    BertModel,
+    DebertaV2Config,
+    DebertaV2Model,
+    MPNetConfig,
+    MPNetModel,
+    RobertaConfig,
+    RobertaModel,
+)
 
-from components.shared import encoders, window
+from components.shared import encoders, prompts, window
 
 SIZES = {
     "vocab_size": 50,
@@ -65,8 +76,12 @@ def test_a_batch_is_not_made_wider_than_the_model(encoder):
 
 @pytest.mark.parametrize(
     ("model", "expected"),
-    [(BertModel(BertConfig(**SIZES)), 40), (RobertaModel(RobertaConfig(**SIZES)), 38)],
-    ids=["bert", "roberta"],
+    [
+        (BertModel(BertConfig(**SIZES)), 40),
+        (RobertaModel(RobertaConfig(**SIZES)), 38),
+        (MPNetModel(MPNetConfig(**SIZES)), 38),
+    ],
+    ids=["bert", "roberta", "mpnet"],
 )
 def test_the_window_is_as_long_as_there_are_positions(model, expected):
     assert window.of_model(model) == expected
@@ -81,3 +96,25 @@ def test_a_model_that_names_no_limit_has_none():
     bare = torch.nn.Linear(1, 1)
     bare.config = SimpleNamespace(get_text_config=lambda: SimpleNamespace())
     assert window.of_model(bare) is None
+
+
+@pytest.mark.parametrize("kind", ["prompt", "prefix", "p_tuning_v2"])
+def test_a_soft_prompt_has_its_place_in_the_window(encoder, kind):
+    model = BertModel(BertConfig(**SIZES)).eval()
+    prompts.add(model, kind, 4)
+    batch = drawn(34, 36)  # with the four the longest fills the 40 positions; rounded up it would not fit
+    inputs = encoders.padded(model, encoder[1], batch)
+    assert inputs["input_ids"].shape[1] == 36
+    model(**inputs)
+
+
+def test_relative_positions_are_no_window():
+    """The number says how far they were trained apart, not where a text must end."""
+    sizes = {name: SIZES[name] for name in SIZES if name != "pad_token_id"}
+    settings = DebertaV2Config(
+        **sizes, relative_attention=True, pos_att_type=["p2c", "c2p"], position_biased_input=False
+    )
+    model = DebertaV2Model(settings).eval()
+    assert window.of_model(model) is None
+    ids = torch.full((1, 90), 5)
+    model(input_ids=ids, attention_mask=torch.ones_like(ids))

@@ -247,9 +247,9 @@ def test_a_text_beyond_the_models_positions_is_refused_with_the_setting(tiny_enc
     objective = open_objective(config, rows("classification"), tiny_encoder)
     encoded = [objective.encode(row) for row in [*rows("classification"), *long]]
     most = objective.window_tokens
-    lengths = [objective.sequence_tokens(each) for each in encoded]
+    longest = objective.longest_tokens
     with pytest.raises(StageStopped, match=f"1502 tokens, the base model reads {most}.*") as stop:
-        refuse_beyond(most, lengths)
+        refuse_beyond(most, longest(encoded))
     assert f"train.max_length to {most}" in str(stop.value.todo)
-    refuse_beyond(most, lengths[:-2])
-    refuse_beyond(None, lengths)
+    refuse_beyond(most, longest(encoded[:-2]))
+    refuse_beyond(None, longest(encoded))

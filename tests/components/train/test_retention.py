@@ -12,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from components.shared.errors import TuneyardError
+from components.shared import jsonl
+from components.shared.errors import StageStopped, TuneyardError
 from components.shared.modelcard import ModelCard
 from components.shared.stage import Artifact, Context
 from components.train import checkpoint, holding, retention
@@ -20,6 +21,7 @@ from components.train import train as stage
 from components.train.adapters.applying import apply_adapter
 from components.train.config import TrainConfig
 from components.train.fit import eval_loss, fit
+from components.train.objectives.opening import open_objective
 from components.train.objectives.sft import Sft
 from components.train.ranks import ALONE
 from components.train.update import gradients
@@ -330,3 +332,27 @@ def test_the_stage_measures_forgetting_and_the_card_tells_it(tiny_causal, tmp_pa
     assert card.retention["retention_loss"] == best == result.metrics["retention_loss"]
     assert card.retention["retention_loss_increase"] == best - judged[0]["retention_loss"]
     assert "retention_loss" in result.page.read_text()
+
+
+def test_files_of_a_retention_set_are_found_beside_it(tmp_path):
+    (tmp_path / "kept").mkdir()
+    rows = [{"image": f"pictures/{i}.png", "label": "ab"[i % 2]} for i in range(4)]
+    jsonl.write(tmp_path / "kept" / "rows.jsonl", rows)
+    config = TrainConfig(
+        objective="image-classification", base_model="base", retain={"source": str(tmp_path / "kept")}
+    )
+    found = [row["image"] for row in retention.read(config, None)]
+    assert found == [str(tmp_path / "kept" / row["image"]) for row in rows]
+
+
+def test_a_retention_text_beyond_the_models_positions_is_refused(tiny_encoder):
+    config = TrainConfig(
+        objective="classification", base_model=str(tiny_encoder), max_length=512, retain={"source": "none"}
+    )
+    rows = [
+        {"id": str(i), "text": "profit " * (300 if i == 5 else 3), "label": "ab"[i % 2]} for i in range(8)
+    ]
+    objective = open_objective(config, rows, tiny_encoder)
+    with pytest.raises(StageStopped, match="302 tokens, the base model reads 128"):
+        retention.encode(objective, rows, config)
+    retention.encode(objective, [row for row in rows if row["id"] != "5"], config)
