@@ -27,8 +27,8 @@ _NAMES = {
     "day of week": ["sun", "mon", "tue", "wed", "thu", "fri", "sat"],
 }
 _PART = re.compile(r"^(\*|\?|(?P<low>\w+)(-(?P<high>\w+))?)(/(?P<step>\d+))?$")
-# A 29 February can be eight years away (1896, 1904).
-_LONGEST_DAYS = 8 * 366 + 1
+# Between two 29 Februaries on one weekday lie 28 years, 40 where a century is none.
+_LONGEST_DAYS = 41 * 366
 
 
 class _Times(NamedTuple):
@@ -59,6 +59,11 @@ def faults_of(cron: str) -> list[str]:
                 faults.append(f"{name} {part!r} ends before it begins")
             elif match["step"] and int(match["step"]) == 0:
                 faults.append(f"{name} {part!r}: a step of 0 never comes")
+    if not faults:
+        try:
+            last(cron, ZoneInfo("UTC"), datetime.now(UTC))
+        except TuneyardError as error:
+            faults.append(error.what)
     return faults
 
 

@@ -111,3 +111,10 @@ def test_times_of_the_calendar(expression, zone, moment, wanted):
 def test_a_day_that_never_comes_is_named():
     with pytest.raises(TuneyardError, match=r"0 3 30 2 \*"):
         cron.last("0 3 30 2 *", ZoneInfo("UTC"), datetime(2026, 12, 1, tzinfo=UTC))
+
+
+def test_a_day_that_never_comes_is_a_fault_and_one_that_comes_seldom_is_none():
+    assert cron.faults_of("0 0 30 2 *") == ["the cron expression '0 0 30 2 *' names no day that there is"]
+    # A star in front makes both hold: 29 February on a Sunday, 28 years apart.
+    assert cron.faults_of("0 0 29 2 */7") == []
+    assert cron.faults_of("0 0 31 4,6,9,11 *") != []
