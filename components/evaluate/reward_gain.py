@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -47,18 +49,18 @@ def take(
     arrays, measured = _said("tuned", model, tokenizer, prompts, batches, limit, share)
     of = [index for batch in batches for index in batch]
     written = [Encoded(prompts[i], _tokens(row)) for i, row in zip(of, arrays["tuned/answers"], strict=True)]
-    nats = causal.answer_nats(model, written) if of else []
+    nats = _in_batches(partial(causal.answer_nats, model), written, batches)
     del model
     gc.collect()
     model = causal.load_base(card, context.store, precision)
     found, costs = _said("base", model, tokenizer, prompts, batches, limit, share)
-    before = causal.answer_nats(model, written) if of else []
+    before = _in_batches(partial(causal.answer_nats, model), written, batches)
     del model
     gc.collect()
     arrays |= found
     arrays |= rows("kl", of, [b - n for b, n in zip(before, nats, strict=True)])
     for name in ("base", "tuned"):
-        arrays |= _scored(name, arrays, _asked(config, tests), tokenizer, judge_folder)
+        arrays |= _scored(name, arrays, _asked(config, tests), tokenizer, judge_folder, batches)
     return Part(arrays, {"window_tokens": most, "precision": precision}, measured | costs)
 
 
@@ -153,6 +155,16 @@ def _said(
     return arrays, {name: {**costs, "memory_gib": memory["gib"]}}
 
 
+def _in_batches(
+    read: Callable[[Sequence[Encoded]], list[float]],
+    sequences: Sequence[Encoded],
+    batches: Sequence[Sequence[int]],
+) -> list[float]:
+    """What is read of answers, batch by batch as they were written: a share's are then those of the whole."""
+    left = iter(sequences)
+    return [found for batch in batches for found in read(list(itertools.islice(left, len(batch))))]
+
+
 def _tokens(row: Any) -> list[int]:
     return [token for token in row.tolist() if token >= 0]
 
@@ -162,7 +174,12 @@ def _text(row: Any, tokenizer: Any) -> str:
 
 
 def _scored(
-    name: str, arrays: Mapping[str, Any], asked: Sequence[Mapping[str, Any]], tokenizer: Any, folder: Path
+    name: str,
+    arrays: Mapping[str, Any],
+    asked: Sequence[Mapping[str, Any]],
+    tokenizer: Any,
+    folder: Path,
+    batches: Sequence[Sequence[int]],
 ) -> dict[str, Any]:
     """Array of the rewards of a system's answers."""
     model, reads, card = rewards.load(folder)
@@ -173,7 +190,8 @@ def _scored(
         )
         for index, row, ended in zip(of, arrays[f"{name}/answers"], arrays[f"{name}/ended"], strict=True)
     ]
-    return rows(f"{name}/rewards", of, rewards.of_answers(model, reads, sequences))
+    found = _in_batches(partial(rewards.of_answers, model, reads), sequences, batches)
+    return rows(f"{name}/rewards", of, found)
 
 
 def _systems(parts: Sequence[Part]) -> dict[str, dict[str, Any]]:
