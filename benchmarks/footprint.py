@@ -73,7 +73,9 @@ def _case(spec: PipelineSpec, folder: Path, whole_line: bool) -> Iterator[tuple[
     """Stage, GiB predicted and GiB measured: of train, and of the two after it."""
     fetch.ensure([*spec.ingest.external_uris(), *spec.train.external_uris()], folder.parent)
     store = Store.from_environment()
-    rows = corpus.examples_to_size(spec, store, folder / "corpus")[0][: _EXAMPLES + _TESTS]
+    # What occurs twice would be in train and in test.
+    found = {row["id"]: row for row in corpus.examples_to_size(spec, store, folder / "corpus")[0]}
+    rows = list(found.values())[: _EXAMPLES + _TESTS]
     model = sources.model_folder(spec.train.base_model, store)
     file_bytes = sum(path.stat().st_size for path in model.glob("*.safetensors"))
     learned, tests = rows[:_EXAMPLES], rows[_EXAMPLES:]

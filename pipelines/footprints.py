@@ -54,7 +54,8 @@ def _evaluate(
         return footprint.of_classifier(spec.evaluate, folder, texts, labels, spec.train.max_length)
     fast = causal.preferred_precision("auto")
     # What is stored in float32 is judged in float32: a base of float32, or one that moved as a whole.
-    whole = file_bytes >= 4 * int(needs.body_weights) or not spec.train.adapter.frozen
+    # (Bytes of a weight in the file; it has fewer weights than the model with its adapter.)
+    whole = file_bytes >= 3 * int(needs.total_weights) or not spec.train.adapter.frozen
     merged = spec.compress is not None or not spec.train.adapter.frozen
     precision: causal.Precision = "float32" if whole and merged else fast
     return footprint.of_causal(spec.evaluate, folder, tests, file_bytes, precision)

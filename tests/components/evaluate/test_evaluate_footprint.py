@@ -14,7 +14,7 @@ from tests.live import Counted
 @pytest.fixture
 def bare(monkeypatch):
     """Tensors alone: no libraries, no slack."""
-    for name in ("CAUSAL_HOST_BYTES", "ENCODER_HOST_BYTES", "SLACK", "LEFT_BY_LENGTH"):
+    for name in ("CAUSAL_HOST_BYTES", "ENCODER_HOST_BYTES", "SLACK", "KERNEL_BYTES"):
         monkeypatch.setattr(footprint, name, 0)
 
 
