@@ -1,4 +1,4 @@
-"""A pipeline whose stages will not fit in this machine's memory is refused before any of them runs."""
+"""A pipeline whose stages will not fit in the memory they have is refused before any of them runs."""
 
 from __future__ import annotations
 
@@ -25,15 +25,26 @@ _PATIENCE_SECONDS = 300
 _JUDGED_TOKENS = 4096
 
 
-def refuse_unfit(spec: PipelineSpec, store: Store) -> None:
-    """Refuse a pipeline that will not fit in this machine's memory: train, evaluate or compress.
+def refuse_unfit(spec: PipelineSpec, store: Store, target: str = "local") -> None:
+    """Refuse a pipeline of which train, evaluate or compress will not fit in memory.
 
     The dry run happens in a process of its own: its libraries would stay in memory beside the training.
+
+    Args:
+        spec: the pipeline.
+        store: for base and corpus.
+        target: `local` for this machine's memory; `kfp` for what the pods ask for, where train has no GPU:
+            which one a pod would get, and so its memory, is not known here.
 
     Raises:
         UsageError: it will not fit; says by how much, and which settings would.
     """
     limit = available_memory_gib()
+    if target == "kfp":
+        pods = {stage: spec.hardware.of(stage) for stage in ("train", "evaluate", "compress")}
+        if pods["train"].gpus:
+            return
+        limit = min(pod.memory_gib or limit for stage, pod in pods.items() if stage in spec.stages())
     with tempfile.TemporaryDirectory(prefix="tuneyard-advise-") as scratch:
         try:
             base = bases.base_of(spec.train, store, Path(scratch))
@@ -43,7 +54,7 @@ def refuse_unfit(spec: PipelineSpec, store: Store) -> None:
         if sizing.surely_fits(heaviest, base.shape(), base.file_bytes, share):
             return
     log.info("submit: predicting how much memory its stages will need")
-    asked = json.dumps({"spec": spec.resolved(), "available_gib": limit})
+    asked = json.dumps({"spec": spec.resolved(), "available_gib": limit, "target": target})
     command = [sys.executable, "-m", "pipelines.fits"]
     try:
         done = subprocess.run(
@@ -116,7 +127,8 @@ def main() -> None:
     """Read a resolved pipeline from standard input; print the advice on it as one line of JSON."""
     asked = json.load(sys.stdin)
     spec = PipelineSpec.model_validate(asked["spec"])
-    said = advise.advise(spec, Store.from_environment(), available_gib=asked["available_gib"])
+    store, limit = Store.from_environment(), asked["available_gib"]
+    said = advise.advise(spec, store, target=asked["target"], available_gib=limit)
     sys.stdout.write(json.dumps(said) + "\n")
 
 

@@ -18,7 +18,7 @@ from components.shared.commit import commit_name
 from components.shared.errors import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, UsageError
 from components.shared.store import Store
 from pipelines import compile as compiling
-from pipelines import planner
+from pipelines import fits, planner
 from pipelines.cluster import listing, versions
 from pipelines.cluster.endpoint import Endpoint
 from pipelines.cluster.watching import follow, states_of
@@ -48,8 +48,8 @@ def run_cluster(
         How it went, as `run_local` has it; `run_id` is KFP's.
 
     Raises:
-        SpecError, UsageError: the pipeline file, the lock of images or the command is wrong; nothing has
-            started.
+        SpecError, UsageError: the pipeline file, the lock of images or the command is wrong, or a stage will
+            not fit in the memory of its pod; nothing has started.
     """
     spec = load(name, overrides)
     images = checked_images()
@@ -68,6 +68,8 @@ def run_cluster(
             # Not the stage's key alone: KFP must not answer with outputs that were remade since.
             caches = {stage: digest.of_value([key, done[stage]["outputs"]]) for stage, key in keys.items()}
             content = versions.Content(spec.name, list(spec.stages()), keys)
+            if store and "train" not in keys:
+                fits.refuse_unfit(spec, store, "kfp")
             report.run_id = start(spec, endpoint, images, content, caches)
             log.info("run %s; from anywhere: tuneyard runs attach %s", report.run_id, report.run_id)
             watch(report, content, endpoint, store, screen)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from components.shared.commit import commit_name
-from components.shared.errors import EXIT_DONE
+from components.shared.errors import EXIT_DONE, UsageError
 from components.shared.store import Store
 from pipelines.cluster import endpoint as endpoints
 from pipelines.cluster import schedules, submitting, versions
@@ -176,3 +176,11 @@ def test_a_changed_setting_runs_only_what_it_changes_and_both_runs_can_be_compar
     for stage in (each["name"] for each in second.stages):
         assert told.count(f"▸ {stage}\n") == (stage in pods)
         assert told.count(f"✓ {stage}  unchanged, done before\n") == (stage not in pods)
+
+
+def test_a_training_that_will_not_fit_in_its_pod_is_refused_before_there_is_a_run(cluster, pipeline):
+    runs = len(cluster.runs)
+    small = ["hardware.gpus_per_node=0", "hardware.stages.train.memory_gib=0.5", "train.seed=7"]
+    with pytest.raises(UsageError, match=r"train will need .* GiB of memory, it has 0.5 \(the pod of train"):
+        submitting.run_cluster(str(pipeline), endpoints.require(), small, screen=None)
+    assert len(cluster.runs) == runs
