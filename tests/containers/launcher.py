@@ -37,7 +37,8 @@ class PodRun(Run):
     def __init__(
         self, ir: list[dict], cluster: Cluster, s3: Any, root: str, contain: Callable[..., Container]
     ) -> None:
-        super().__init__("11111111-2222-3333-4444-555555555555", ir[0], ir[1], {}, cluster)
+        run = "11111111-2222-3333-4444-555555555555"
+        super().__init__(run, ir[0], ir[1], {}, cluster, due="2026-11-23T03:00:00Z")
         self.s3, self.root, self.contain = s3, root, contain
         self.outputs: dict[str, dict[str, dict]] = {}
         self.seconds: dict[str, float] = {}

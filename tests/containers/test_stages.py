@@ -43,7 +43,7 @@ evaluate: {max_generated: 2, max_new_tokens: 4}
 compress:
 register:
 deploy:
-""" + ("hardware: {gpus_per_node: 1}\n" if GPU else "")
+""" + f"hardware: {{gpus_per_node: {int(GPU)}}}\n"
 
 
 @pytest.fixture(scope="module")
