@@ -10,10 +10,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from components.shared import causal, clock, interrupts
+from components.shared import causal, clock, interrupts, prompts
 from components.shared.progress import Progress
 from components.train import checkpoint, measures, shards
-from components.train.adapters import switch
 from components.train.config import TrainConfig
 from components.train.diagnostics import Watch
 from components.train.objectives.base import Objective
@@ -213,7 +212,8 @@ def _begin(
     objective.model.train()
     found = checkpoint.newest(folder, state.before)
     if found is None:
-        with switch.off(objective.model):  # what a soft prompt begins as is not the base
+        # What a soft prompt begins as is not the base; a second phase begins where the first one ended.
+        with contextlib.nullcontext() if state.before else prompts.unread(objective.model):
             losses = judge()
         state.base_loss, state.range_test = losses["eval_loss"], made.range_test
         original = state.first["original"] if state.first else losses
