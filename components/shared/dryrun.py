@@ -14,6 +14,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from components.shared import nf4
+
 
 class Live:
     """Bytes of the storages that exist now, and the most there were at once.
@@ -52,8 +54,11 @@ class Live:
 def shapes_only() -> Iterator[Live]:
     """Within the block tensors of floating point have no bytes, and the storages of all are counted."""
     live = Live()
-    with _fake(), _mode(live), _plain_conversion(), _plain_copies():
-        yield live
+    try:
+        with _fake(), _mode(live), _plain_conversion(), _plain_copies():
+            yield live
+    finally:
+        nf4.forget_tables()  # one that was made in here has no bytes
 
 
 @functools.cache

@@ -155,6 +155,11 @@ def _pairs(device: Any) -> Any:
         return torch.stack([levels[byte // 16], levels[byte % 16]], dim=1)
 
 
+def forget_tables() -> None:
+    """Let the table of levels be made anew, by whoever needs it next."""
+    _pairs.cache_clear()
+
+
 def linears(model: Any) -> Iterator[tuple[str, Any]]:
     """Name and module of each linear layer within the layers of a model; embeddings and heads are none."""
     import torch

@@ -30,7 +30,8 @@ ROWS = [
     }
     for number in range(80)
 ]
-PIPELINE = """
+PIPELINE = (
+    """
 name: in_containers
 ingest: {source: s3://corpora/in_containers/rows.jsonl, format: prompt-completion}
 train:
@@ -43,7 +44,9 @@ evaluate: {max_generated: 2, max_new_tokens: 4}
 compress:
 register:
 deploy:
-""" + f"hardware: {{gpus_per_node: {int(GPU)}}}\n"
+"""
+    + f"hardware: {{gpus_per_node: {int(GPU)}}}\n"
+)
 
 
 @pytest.fixture(scope="module")

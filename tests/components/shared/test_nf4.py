@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from components.shared import nf4
+from components.shared.dryrun import shapes_only
 
 
 def test_the_code_book_is_the_papers_quantiles():
@@ -130,3 +131,20 @@ def test_it_equals_bitsandbytes():
     back = functional.dequantize_4bit(double, nested)
     # Both hold the scales in 8 bits, each in its own float: at most 6% of the spread of the scales apart.
     assert (ours - back).abs().max() < 0.06 * weight.abs().max()
+
+
+def test_what_a_dry_run_computed_first_is_computed_again():
+    """Its table of levels has no bytes; a real product afterwards must not take it."""
+    weights, inputs = torch.randn(8, 64), torch.randn(3, 64)
+
+    def product():
+        layer = torch.nn.Linear(64, 8, bias=False)
+        layer.weight.data = weights.clone()
+        return nf4.linear_class()(layer)(inputs)
+
+    expected = product().detach()
+    nf4.forget_tables()
+    with shapes_only():
+        layer = torch.nn.Linear(64, 8, bias=False)
+        nf4.linear_class()(layer)(torch.randn(3, 64))
+    assert torch.equal(product(), expected)
