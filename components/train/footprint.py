@@ -31,7 +31,7 @@ HOST_BYTES = 950 * 2**20
 OPENING_BYTES = 720 * 2**20
 # What the process holds beyond what lives, as a share of what an update allocates: blocks of lengths that do
 # not come again, and a kernel of oneDNN for each of them. Seen with `python -m benchmarks footprint`.
-SLACK = 0.22
+SLACK = 0.18
 # Of optimizer updates that one step is made of: the second one has what the first one left.
 _UPDATES = 2
 

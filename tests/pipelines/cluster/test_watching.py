@@ -97,7 +97,7 @@ def test_a_store_that_is_away_is_told_once_and_then_nothing_is_missing(logs, lea
         away.setattr(look, "_store", lost._store)
         look.look(RUNNING)
         look.look(RUNNING)
-    assert caplog.text.count("the logs are shown again when the store answers") == 1
+    assert caplog.text.count("no logs; they are shown again when the store answers") == 1
     leave("train", "a", 2, "after\n", 2)
     look.look(RUNNING)
     assert shown() == "before\nafter\n"
